@@ -1,0 +1,49 @@
+"""Everything this package raises on purpose: one root, one leaf per kind of remedy.
+
+Each leaf is also the built-in exception a caller would expect, so ``except OSError`` or
+``except ValueError`` keeps working. Messages say what was found, where, and what to do next.
+"""
+
+
+class RelexStreamError(Exception):
+    """Root of all errors of this package; the command line shows them as one line."""
+
+
+class SourceError(RelexStreamError, OSError):
+    """A base or checkpoint directory cannot be used as it is (missing, truncated, malformed)."""
+
+
+class TrajectoryError(RelexStreamError, ValueError):
+    """Checkpoints do not belong together (names, shapes, dtypes, values, order of steps)."""
+
+
+class StoreError(RelexStreamError, OSError):
+    """A store is missing, damaged, locked, or of a format this version does not read."""
+
+
+class CorruptionError(StoreError):
+    """Bytes of a store do not match the checksum committed for them."""
+
+
+class OutputError(RelexStreamError, OSError):
+    """An output directory cannot be written or must not be replaced."""
+
+
+class FitError(RelexStreamError, ValueError):
+    """The stored history does not determine what was asked for."""
+
+
+class MemoryLimitError(RelexStreamError, MemoryError):
+    """The work does not fit in the allowed memory, by the planner's projection."""
+
+
+class OptionError(RelexStreamError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class MissingDependencyError(RelexStreamError, ImportError):
+    """A package that only this part needs is not installed."""
+
+
+class RelexStreamWarning(UserWarning):
+    """Something the user should know that does not stop the work."""

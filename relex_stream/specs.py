@@ -1,0 +1,148 @@
+"""Small frozen descriptions shared by all modules: dtypes, tensors, blocks, files, checkpoints.
+
+Nothing here opens a file or does arithmetic on weights; everything can be pickled into a task.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+STEP_GROUP = 16
+"""Steps per zarr chunk: the store's step axis is allocated in whole groups of this many."""
+
+BLOCK_BYTES = 2 << 20
+"""Bytes of one block of one step: 1 Mi elements of a 16-bit dtype, 512 Ki of a 32-bit one."""
+
+
+@dataclass(frozen=True)
+class DType:
+    """A safetensors dtype: its code, bytes per element, and whether weights of it are tracked.
+
+    Tracked dtypes have deltas in the store; tensors of every other dtype must stay constant.
+    """
+
+    code: str
+    itemsize: int
+    tracked: bool = False
+
+
+DTYPES = {
+    dtype.code: dtype
+    for dtype in (
+        DType("BF16", 2, tracked=True),
+        DType("F16", 2, tracked=True),
+        DType("F32", 4, tracked=True),
+        DType("F64", 8),
+        DType("F8_E4M3", 1),
+        DType("F8_E5M2", 1),
+        DType("F8_E8M0", 1),
+        DType("I64", 8),
+        DType("I32", 4),
+        DType("I16", 2),
+        DType("I8", 1),
+        DType("U64", 8),
+        DType("U32", 4),
+        DType("U16", 2),
+        DType("U8", 1),
+        DType("BOOL", 1),
+        DType("C64", 8),
+    )
+}
+"""Every dtype a safetensors header may name here, by code."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of a checkpoint: dtype and shape, no place."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements (1 for a 0-d tensor)."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor's bytes lie: a file of a checkpoint and an absolute byte offset in it."""
+
+    spec: TensorSpec
+    path: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A run of bytes of a weights file: either literal bytes or the whole of one tensor.
+
+    Exactly one of ``literal`` and ``tensor`` is set; a file is the concatenation of its parts.
+    """
+
+    literal: bytes | None = None
+    tensor: str | None = None
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weights file taken apart: relative path, size in bytes, parts in file order."""
+
+    relative_path: str
+    size: int
+    parts: tuple[FilePart, ...]
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """An opened checkpoint directory (or the base, step 0): places of its tensors and its files.
+
+    ``side_files`` are the other files to keep (config, tokenizer, ...), relative to ``directory``;
+    ``skipped_files`` were left out on purpose (optimizer state and the like).
+    """
+
+    step: int
+    directory: str
+    tensors: dict[str, TensorPlace]
+    weights_files: tuple[WeightsFile, ...]
+    side_files: tuple[str, ...]
+    skipped_files: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(file.size for file in self.weights_files)
+
+
+class Progress(Protocol):
+    """What long work tells its caller; called from the thread that started the work only."""
+
+    def start(self, stage: str, total_bytes: int) -> None:
+        """Begin a stage that will handle `total_bytes`."""
+
+    def advance(self, done_bytes: int) -> None:
+        """Report that `done_bytes` more were handled."""
+
+    def finish(self) -> None:
+        """End the stage begun last."""
+
+
+class NoProgress:
+    """A `Progress` that says nothing."""
+
+    def start(self, stage: str, total_bytes: int) -> None:
+        """Ignore."""
+
+    def advance(self, done_bytes: int) -> None:
+        """Ignore."""
+
+    def finish(self) -> None:
+        """Ignore."""

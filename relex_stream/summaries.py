@@ -1,0 +1,228 @@
+"""What each command reports: frozen dataclasses of plain values, ready for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a plan.
+
+    Attributes
+    ----------
+    name : str
+        For people: ``"statistics pass 1"``, ``"write outputs"``.
+    tasks : int
+        Block tasks the stage runs.
+    read_bytes, write_bytes : int
+        Projected bytes read (store and base) and written.
+    worker_bytes : int
+        Projected peak bytes of one worker's buffers in this stage.
+    """
+
+    name: str
+    tasks: int
+    read_bytes: int
+    write_bytes: int
+    worker_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The projection that is printed before work starts and that memory is held to.
+
+    ``reserved_bytes`` is what the process holds before the work (interpreter, libraries),
+    ``shared_bytes`` what all workers share (tables, statistics);
+    ``projected_bytes = reserved + shared + workers * max(worker_bytes of the stages)``.
+    """
+
+    workers: int
+    memory_limit_bytes: int
+    reserved_bytes: int
+    shared_bytes: int
+    projected_bytes: int
+    stages: tuple[StagePlan, ...]
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What `build_store` did. Bytes are bytes; ``ratio`` is bytes in / bytes stored."""
+
+    store: str
+    layout: str
+    steps_added: tuple[int, ...]
+    steps_skipped: tuple[int, ...]
+    """Steps that were in the store already."""
+    steps_total: int
+    bytes_in: int
+    """Bytes of the ingested checkpoints (weights and side files)."""
+    bytes_stored: int
+    """Bytes this run added to the store, without the base's weights."""
+    base_bytes_stored: int
+    """Bytes of the base's weights in the store; 0 without ``include_base``."""
+    store_bytes: int
+    """Bytes of the whole store on disk."""
+    ratio: float
+    changed_weights: int
+    """Weights that changed from one step to the next, summed over the added steps."""
+    bits_per_changed_weight: float
+    skipped_files: tuple[str, ...]
+    """Files in checkpoint directories that were left out (optimizer state and the like)."""
+    peak_memory_bytes: int
+    elapsed_s: float
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class TensorFigures:
+    """How well a rank-r line describes one tensor.
+
+    ``explained_variance`` is the share of ``|M|^2`` in the first r components,
+    ``r2`` the coefficient of determination of each component's fit over the steps.
+    """
+
+    name: str
+    singular_values: tuple[float, ...]
+    explained_variance: float
+    r2: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One extrapolated model: where it is and for which step."""
+
+    target_step: int
+    path: str
+    inside_history: bool
+
+
+@dataclass(frozen=True)
+class ExtrapolateSummary:
+    """What `extrapolate` did, or would do (``dry_run``: nothing was written)."""
+
+    store: str
+    dry_run: bool
+    outputs: tuple[Output, ...]
+    history: tuple[int, ...]
+    """Steps the subspace and the fit use."""
+    rank: int
+    svd: str
+    power_iterations: int
+    fit: str
+    tensors: int
+    unchanged_tensors: int
+    """Tensors copied bit for bit from the base, because no step changed them."""
+    median_explained_variance: float | None
+    median_r2: float | None
+    bytes_read: int
+    bytes_written: int
+    peak_memory_bytes: int
+    elapsed_s: float
+    plan: Plan
+    figures: tuple[TensorFigures, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file of an export."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What `export` wrote."""
+
+    store: str
+    step: int
+    path: str
+    files: tuple[ExportedFile, ...]
+    bytes_written: int
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One committed step; ``changed_share`` is the share of tracked weights it changed."""
+
+    step: int
+    changed_weights: int
+    changed_share: float
+    frame_bytes: int
+    record_bytes: int
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds. ``dtypes`` maps a dtype code to ``(tensors, weights)``."""
+
+    store: str
+    format_version: int
+    steps: tuple[StepInfo, ...]
+    tensors: int
+    weights: int
+    dtypes: dict[str, tuple[int, int]]
+    constant_tensors: int
+    seed: int
+    base: str
+    """Where the base was when the store was built, as recorded (a hint)."""
+    base_included: bool
+    bytes_in: int
+    store_bytes: int
+    base_bytes_stored: int
+    ratio: float
+    bits_per_changed_weight: float
+
+
+@dataclass(frozen=True)
+class VerifySummary:
+    """What `verify` checked. ``problems`` is empty when everything is as committed."""
+
+    store: str
+    steps: int
+    frames: int
+    records: int
+    blobs: int
+    bytes_read: int
+    problems: tuple[str, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class DropSummary:
+    """What `drop` took back."""
+
+    store: str
+    steps_dropped: tuple[int, ...]
+    steps_left: tuple[int, ...]
+    bytes_freed: int
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One model of the demonstration and how many held-out problems it solves."""
+
+    step: int
+    kind: str
+    """``"base"``, ``"last observed"``, ``"extrapolated"`` or ``"true"``."""
+    accuracy: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What the demonstration found. ``directory`` is None when its files were temporary."""
+
+    directory: str | None
+    history_steps: int
+    problems: int
+    build: BuildSummary
+    median_explained_variance: float | None
+    median_r2: float | None
+    rows: tuple[DemoRow, ...]
+    elapsed_s: float
