@@ -1,0 +1,286 @@
+"""One checkpoint: a Hugging Face model directory with safetensors weights, opened and checked."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..errors import RelexStreamWarning, SourceError
+from ..paths import check_relative_path
+from ..specs import SourceCheckpoint, TensorPlace, WeightsFile
+from .safetensors_file import MAX_HEADER_BYTES, read_weights_file
+from .strict_json import parse_object, shown
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+MAX_SIDE_FILE_BYTES = 64 << 20
+"""Larger files beside the weights are taken for state, not for configuration or vocabulary."""
+
+_SKIPPED = (
+    # training state, and weights in other formats
+    *("optimizer*", "scheduler*", "rng_state*", "training_args.bin", ".metadata"),
+    *("*.bin", "*.ckpt", "*.distcp", "*.pt", "*.pth", "*.safetensors"),
+    # locks, leftovers of downloads and editors, file system droppings
+    *("*.lock", ".lock*", ".cache*", ".ds_store", ".nfs*", "*.swp"),
+    *("*.incomplete", "*.part", "*.partial", "*.temp", "*.tmp", ".tmp*", "tmp*", "*~"),
+)
+
+_MERGE = "merge to safetensors first, e.g. with the trainer's own model merger"
+_OTHER_WEIGHTS = (
+    ("adapter_model.*", "an adapter without its model", "merge it into its base model first"),
+    ("model_world_size_*_rank_*.pt", "FSDP shards", _MERGE),
+    ("*.distcp", "a PyTorch distributed checkpoint", _MERGE),
+    ("mp_rank_*.pt", "Megatron or DeepSpeed shards", _MERGE),
+    (
+        "model*-of-*.safetensors",
+        "shards without their index",
+        f"copy {INDEX_FILE} too, or save the model anew",
+    ),
+    ("*.safetensors", "other safetensors files", f"name the model's file {SINGLE_FILE}"),
+    ("*.gguf", "a GGUF model", "use the safetensors it was made from"),
+    ("*.bin", "PyTorch weights", "convert to safetensors first (safe_serialization=True)"),
+    ("*.pt", "PyTorch files", _MERGE),
+    ("*.pth", "PyTorch files", _MERGE),
+)
+"""Weights that are recognised and refused: pattern, what it is, remedy; the first match counts."""
+
+
+def open_checkpoint(directory: Path, step: int) -> SourceCheckpoint:
+    """Open a model directory: find its weights, read their headers, sort its other files.
+
+    The weights are ``model.safetensors``, or the shards of ``model.safetensors.index.json``. Where
+    both are there, the index counts if all of its shards exist, with a warning, since some loaders
+    prefer the single file. Links are followed (snapshots in the Hugging Face cache are made of
+    them). Subdirectories are neither read nor listed.
+
+    Parameters
+    ----------
+    directory : Path
+        The model directory.
+    step : int
+        The step it is from; 0 for the base.
+
+    Returns
+    -------
+    SourceCheckpoint
+        ``weights_files`` in the order of their names; ``tensors`` in that order, then in the order
+        of their bytes. ``side_files`` are all other regular files, the index among them, but for
+        ``skipped_files``: training state, weights in other formats or not in use, files over
+        64 MiB, locks and temporary files, broken links.
+
+    Raises
+    ------
+    SourceError
+        If there is no such directory, it holds no safetensors weights, the index or a header is
+        malformed, or index and shards do not agree.
+
+    Warns
+    -----
+    RelexStreamWarning
+        If there are both a complete set of shards and a single file.
+    """
+    directory = directory.absolute()
+    names = list_names(directory)
+    shards = _find_shards(directory, names)
+    weights_files: list[WeightsFile] = []
+    tensors: dict[str, TensorPlace] = {}
+    for shard in sorted(set(shards.values())) if shards is not None else [SINGLE_FILE]:
+        weights_file, places = read_weights_file(directory / shard, shard)
+        for name, place in places.items():
+            if name in tensors:
+                raise SourceError(
+                    f"{place.path}: tensor {shown(name)} is also in {tensors[name].path}; keep it "
+                    "in one shard only"
+                )
+            tensors[name] = place
+        weights_files.append(weights_file)
+    if shards is not None:
+        _check_index(directory / INDEX_FILE, shards, tensors)
+    if not tensors:
+        raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
+    used = {file.relative_path for file in weights_files}
+    side_files, skipped_files = _sort_files(directory, [name for name in names if name not in used])
+    return SourceCheckpoint(
+        step=step,
+        directory=str(directory),
+        tensors=tensors,
+        weights_files=tuple(weights_files),
+        side_files=side_files,
+        skipped_files=skipped_files,
+    )
+
+
+def holds_weights(directory: Path) -> bool:
+    """Return whether a directory has a file that `open_checkpoint` would start from."""
+    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def recognise_weights(directory: Path) -> tuple[str, str] | None:
+    """Recognise weights in a format that is not read here.
+
+    Parameters
+    ----------
+    directory : Path
+        Any path; it need not exist.
+
+    Returns
+    -------
+    tuple of str or None
+        What they are, with names of files, and what to do about it as an imperative clause.
+    """
+    names = list_names(directory) if directory.is_dir() else []
+    for pattern, kind, remedy in _OTHER_WEIGHTS:
+        matches = fnmatch.filter(names, pattern)
+        if matches:
+            return f"{kind} ({summarise(matches)})", remedy
+    return None
+
+
+def summarise(names: list[str], limit: int = 5) -> str:
+    """Return up to `limit` names and the number of the others, for a message.
+
+    Examples
+    --------
+    >>> summarise(["a", "b", "c"], limit=2), summarise([])
+    ('a, b and 1 more', 'nothing')
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "nothing"
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the sorted names of a directory's entries.
+
+    Raises
+    ------
+    SourceError
+        If it is missing, not a directory, or cannot be listed.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        raise SourceError(f"{directory}: no such directory; check the path") from None
+    except NotADirectoryError:
+        raise SourceError(
+            f"{directory}: a file where a directory belongs; check the path"
+        ) from None
+    except OSError as error:
+        raise SourceError(
+            f"{directory}: cannot be listed: {error.strerror}; check its permissions"
+        ) from error
+
+
+def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
+    """Return the index's map of tensors to shards, or None where the single file counts."""
+    single = SINGLE_FILE in names
+    if INDEX_FILE not in names:
+        if single:
+            return None
+        found, remedy = recognise_weights(directory) or (summarise(names), "check the path")
+        raise SourceError(
+            f"{directory}: no safetensors weights: looked for {SINGLE_FILE} and {INDEX_FILE}, "
+            f"found {found}; {remedy}"
+        )
+    shards = _read_index(directory / INDEX_FILE)
+    missing = [shard for shard in sorted(set(shards.values())) if not (directory / shard).is_file()]
+    if missing and single:
+        return None
+    if missing:
+        link = " (a link to a file that is gone)" if (directory / missing[0]).is_symlink() else ""
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{directory}: shard {missing[0]}{link}{more}, named by {INDEX_FILE}, is missing; "
+            "copy it again"
+        )
+    if single and SINGLE_FILE not in shards.values():
+        warnings.warn(
+            f"{directory} holds both {SINGLE_FILE} and the shards of {INDEX_FILE}: the shards are "
+            f"read, {SINGLE_FILE} is not; remove one of the two",
+            RelexStreamWarning,
+            stacklevel=3,
+        )
+    return shards
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the weight map of an index file: tensor names to names of files, existing or not."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_HEADER_BYTES:
+            raise SourceError(
+                f"{path}: not a regular file of at most {MAX_HEADER_BYTES} bytes; save it anew"
+            )
+        data = path.read_bytes()
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions"
+        ) from error
+    try:
+        weight_map: Any = parse_object(data).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no object 'weight_map' with at least one tensor")
+        for name, shard in weight_map.items():
+            if not name or "\0" in name:
+                raise ValueError(f"tensor name {shown(name)} is empty or holds a NUL")
+            if not isinstance(shard, str):
+                raise ValueError(f"tensor {shown(name)} has {shown(shard)} where a file belongs")
+            if check_relative_path(shard).count("/"):
+                raise ValueError(f"shard {shown(shard)} is not in the same directory")
+    except ValueError as error:
+        raise SourceError(f"{path}: bad index: {error}; copy it again or save it anew") from None
+    return weight_map
+
+
+def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorPlace]) -> None:
+    """Check that the index maps exactly the tensors the shards hold, each to its shard."""
+    for name, shard in shards.items():
+        if name not in tensors:
+            raise SourceError(
+                f"{index}: tensor {shown(name)} is said to be in {shard}, which does not hold it; "
+                "copy the shard again or save the model anew"
+            )
+        actual = os.path.basename(tensors[name].path)
+        if actual != shard:
+            raise SourceError(
+                f"{index}: tensor {shown(name)} is said to be in {shard}, but {actual} holds it; "
+                "copy the index again or save the model anew"
+            )
+    for name, place in tensors.items():
+        if name not in shards:
+            raise SourceError(
+                f"{place.path}: tensor {shown(name)} is not in {index.name}; copy the index again "
+                "or save the model anew"
+            )
+
+
+def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return side files and skipped files among `names`, in their order."""
+    side_files: list[str] = []
+    skipped_files: list[str] = []
+    for name in names:
+        try:
+            status = os.stat(directory / name)
+        except OSError:
+            skipped_files.append(name)  # a broken link, or gone since the listing
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            continue
+        if status.st_size > MAX_SIDE_FILE_BYTES or _is_skipped(name):
+            skipped_files.append(name)
+            continue
+        try:
+            side_files.append(check_relative_path(name))
+        except ValueError as error:
+            raise SourceError(f"{directory}: {error}; rename or remove that file") from None
+    return tuple(side_files), tuple(skipped_files)
+
+
+def _is_skipped(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _SKIPPED)

@@ -1,0 +1,256 @@
+"""Blocks of bytes from many files at once, with few of them open at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SourceError
+
+_MOST_OPEN = 512
+
+# Size and time of the last change. No inode number: some network file systems invent a new one
+# whenever their cache drops the file.
+_Version = tuple[int, int]
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    readers: int = 0
+
+
+class CheckpointReader:
+    """Reads runs of bytes from files, from any number of threads.
+
+    Files are opened when first read and closed when `max_open` others were read since, never
+    during a read. The size and modification time a file has when first opened are remembered: work
+    takes hours, and a trainer that rewrites a checkpoint meanwhile must not go unseen.
+
+    Parameters
+    ----------
+    max_open : int, optional
+        Most files open at a time; by default half of what the system allows this process, and no
+        more than 512. Threads beyond that number wait for each other.
+
+    Raises
+    ------
+    ValueError
+        If `max_open` is below 1.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> buffer = np.empty(3, dtype=np.uint8)
+    >>> with tempfile.NamedTemporaryFile() as file, CheckpointReader() as reader:
+    ...     _ = file.write(b"abcdef")
+    ...     file.flush()
+    ...     reader.read(file.name, 2, buffer)
+    ...     reader.verify_unchanged()
+    >>> buffer.tobytes()
+    b'cde'
+    """
+
+    def __init__(self, max_open: int | None = None) -> None:
+        if max_open is None:
+            max_open = _default_max_open()
+        if max_open < 1:
+            raise ValueError(f"max_open must be at least 1, got {max_open}")
+        self._max_open = max_open
+        self._changed = threading.Condition()  # guards everything below
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()  # least recently used first
+        self._opening: set[str] = set()  # paths being opened without the lock held
+        self._versions: dict[str, _Version] = {}
+        self._closed = False
+
+    def read(self, path: str, offset: int, buffer: memoryview | NDArray[np.uint8]) -> None:
+        """Fill a buffer with the bytes of a file from an offset on.
+
+        Parameters
+        ----------
+        path : str
+            The file.
+        offset : int
+            Position of the first byte; any alignment.
+        buffer : memoryview or ndarray of uint8
+            Writable and contiguous; all of it is filled. An empty one touches no file.
+
+        Raises
+        ------
+        SourceError
+            If the file cannot be opened or read, ends too early, or changed since first opened.
+        ValueError
+            If the offset is negative, the buffer unsuitable, or the reader closed.
+        """
+        view = buffer if isinstance(buffer, memoryview) else buffer.data
+        if offset < 0:
+            raise ValueError(f"offset must not be negative, got {offset}")
+        if view.readonly or not view.c_contiguous:
+            raise ValueError("the buffer must be writable and contiguous")
+        if view.nbytes == 0:
+            return  # and memoryview.cast refuses empty arrays
+        view = view.cast("B")
+        with self._borrow(path) as descriptor:
+            done = 0
+            while done < len(view):  # one call returns at most 2 GiB, on network mounts often less
+                try:
+                    count = _read_at(descriptor, offset + done, view[done:])
+                except OSError as error:
+                    raise _unreadable(path, error) from error
+                if count == 0:
+                    raise SourceError(
+                        f"{path}: truncated while reading: it ends at byte {offset + done} where "
+                        f"{offset + len(view)} expected; copy it again"
+                    )
+                done += count
+
+    def verify_unchanged(self) -> None:
+        """Check that every file read so far still has the size and time it was first opened with.
+
+        Raises
+        ------
+        SourceError
+            If a file was changed, replaced or removed; the message names it.
+        """
+        with self._changed:
+            versions = dict(self._versions)
+        for path, version in versions.items():
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            if _version(status) != version:
+                raise _changed_file(path)
+
+    def close(self) -> None:
+        """Wait for running reads, then close all files. Later reads raise ValueError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._opening and not self._busy())
+            for file in self._files.values():
+                os.close(file.descriptor)
+            self._files.clear()
+
+    def __enter__(self) -> Self:
+        """Return the reader itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the reader."""
+        self.close()
+
+    def _busy(self) -> bool:
+        return any(file.readers for file in self._files.values())
+
+    @contextmanager
+    def _borrow(self, path: str) -> Iterator[int]:
+        """Lend a descriptor of a file, which stays open meanwhile."""
+        file = self._acquire(path)
+        try:
+            yield file.descriptor
+        finally:
+            with self._changed:
+                file.readers -= 1
+                if file.readers == 0:
+                    self._changed.notify_all()
+
+    def _acquire(self, path: str) -> _OpenFile:
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise ValueError("the reader is closed")
+                file = self._files.get(path)
+                if file is not None:
+                    file.readers += 1
+                    self._files.move_to_end(path)
+                    return file
+                # No deadlock: a thread that waits here holds no file, so others can finish.
+                if path not in self._opening and self._make_room():
+                    self._opening.add(path)
+                    break
+                self._changed.wait()
+        # Opening may take long on a network file system: other threads go on reading meanwhile.
+        try:
+            descriptor, version = _open(path)
+            with self._changed:
+                if self._versions.setdefault(path, version) != version:
+                    os.close(descriptor)
+                    raise _changed_file(path)
+                file = self._files[path] = _OpenFile(descriptor, readers=1)
+                return file
+        finally:
+            with self._changed:
+                self._opening.discard(path)
+                self._changed.notify_all()
+
+    def _make_room(self) -> bool:
+        """Return whether one more file may be opened, closing an idle one if need be."""
+        if len(self._files) + len(self._opening) < self._max_open:
+            return True
+        idle = next((path for path, file in self._files.items() if not file.readers), None)
+        if idle is None:
+            return False
+        os.close(self._files.pop(idle).descriptor)
+        return True
+
+
+def _default_max_open() -> int:
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return _MOST_OPEN
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_OPEN
+    return max(1, min(_MOST_OPEN, soft // 2))
+
+
+def _open(path: str) -> tuple[int, _Version]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        return descriptor, _version(os.fstat(descriptor))
+    except OSError as error:
+        os.close(descriptor)
+        raise _unreadable(path, error) from error
+
+
+def _read_at(descriptor: int, offset: int, view: memoryview) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], offset)
+    data = os.pread(descriptor, len(view), offset)
+    view[: len(data)] = data
+    return len(data)
+
+
+def _version(status: os.stat_result) -> _Version:
+    return status.st_size, status.st_mtime_ns
+
+
+def _unreadable(path: str, error: OSError) -> SourceError:
+    return SourceError(
+        f"{path}: cannot be read: {error.strerror}; check that it is still there and readable"
+    )
+
+
+def _changed_file(path: str) -> SourceError:
+    return SourceError(
+        f"{path}: changed while it was being read; run again once nothing writes to it"
+    )

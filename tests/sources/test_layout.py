@@ -1,0 +1,305 @@
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
+from relex_stream.sources import (
+    FoundCheckpoints,
+    StepSelection,
+    find_checkpoints,
+    open_checkpoint,
+    parse_steps,
+)
+from tests.make_checkpoints import make_trajectory, write_model
+
+TENSORS = {"a": ("U8", (1,), b"x")}
+
+
+def make(root, *paths):
+    for path in paths:
+        write_model(root / path, TENSORS, config=False)
+    return root
+
+
+def names(found, root):
+    return [(step, path.relative_to(root).as_posix()) for step, path in found.checkpoints]
+
+
+@pytest.mark.parametrize(
+    ("path", "layout"),
+    [
+        ("global_step_{}", "global_step_N"),
+        ("global_step_{}/huggingface", "global_step_N/huggingface"),
+        ("global_step_{}/actor/huggingface", "global_step_N/actor/huggingface"),
+        ("checkpoint-{}", "checkpoint-N"),
+        ("step_{}", "step_N"),
+        ("iter_{:07d}", "iter_N"),
+    ],
+)
+def test_known_layouts(tmp_path, path, layout):
+    make(tmp_path, *(path.format(step) for step in (10, 9, 100)))
+    found = find_checkpoints(tmp_path)
+    assert found == FoundCheckpoints(
+        layout, tuple((step, tmp_path / path.format(step)) for step in (9, 10, 100))
+    )
+
+
+def test_trajectory(tmp_path):
+    run = make_trajectory(tmp_path, steps=(2, 3))
+    found = find_checkpoints(run.checkpoints)
+    assert found.layout == "global_step_N/huggingface"
+    assert [open_checkpoint(path, step).step for step, path in found.checkpoints] == [2, 3]
+
+
+def test_other_entries_are_passed_over(tmp_path):
+    others = [
+        "tmp_step_5",
+        "step_5.tmp",
+        "step_",
+        "step_x",
+        "step-7",
+        "STEP_7",
+        "step_7 ",
+        "step_٣",
+    ]
+    make(tmp_path, "step_3", *others)
+    (tmp_path / "step_4").write_text("a file")
+    (tmp_path / "latest").symlink_to("step_3")
+    assert names(find_checkpoints(tmp_path), tmp_path) == [(3, "step_3")]
+
+
+def test_links_to_checkpoints(tmp_path):
+    make(tmp_path, "elsewhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/step_1").symlink_to(tmp_path / "elsewhere")
+    assert names(find_checkpoints(tmp_path / "run"), tmp_path) == [(1, "run/step_1")]
+
+
+def test_first_weights_directory_common_to_all(tmp_path):
+    make(tmp_path, "step_1", "step_1/huggingface", "step_2/huggingface")
+    assert find_checkpoints(tmp_path).layout == "step_N/huggingface"
+
+
+def test_weights_in_different_places(tmp_path):
+    make(tmp_path, "step_1", "step_2/huggingface")
+    with pytest.raises(SourceError, match=r"weights lie in .*step_1 but in .*step_2/huggingface"):
+        find_checkpoints(tmp_path)
+    assert find_checkpoints(tmp_path, steps=parse_steps("2")).layout == "step_N/huggingface"
+
+
+def test_no_weights(tmp_path):
+    make(tmp_path, "global_step_1/actor/huggingface")
+    actor = tmp_path / "global_step_2/actor"
+    (actor / "huggingface").mkdir(parents=True)
+    (actor / "huggingface/config.json").write_text("{}")
+    with pytest.raises(
+        SourceError,
+        match=r"global_step_2: no model.safetensors or model.safetensors.index.json in "
+        r"., huggingface, actor/huggingface; found actor; ",
+    ):
+        find_checkpoints(tmp_path)
+    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"found FSDP shards \(.*\) in actor; merge to safeten"):
+        find_checkpoints(tmp_path)
+    assert len(find_checkpoints(tmp_path, steps=parse_steps("1")).checkpoints) == 1
+
+
+def test_several_families(tmp_path):
+    make(tmp_path, "step_1", "global_step_2")
+    with pytest.raises(
+        SourceError,
+        match=r"global_step_{step} \(global_step_2\) and step_{step} \(step_1\); .*--pattern",
+    ):
+        find_checkpoints(tmp_path)
+    assert names(find_checkpoints(tmp_path, "step_{step}"), tmp_path) == [(1, "step_1")]
+
+
+def test_same_step_twice(tmp_path):
+    make(tmp_path, "step_1", "step_001")
+    with pytest.raises(SourceError, match="both step_001 and step_1 are step 1"):
+        find_checkpoints(tmp_path)
+
+
+def test_step_0_is_the_base(tmp_path):
+    make(tmp_path, "step_0", "step_1")
+    with pytest.warns(RelexStreamWarning, match="step_0 is left out") as caught:
+        found = find_checkpoints(tmp_path)
+    assert caught[0].filename == __file__
+    assert names(found, tmp_path) == [(1, "step_1")]
+
+
+def test_only_step_0(tmp_path):
+    make(tmp_path, "step_0")
+    with (
+        pytest.warns(RelexStreamWarning, match="left out"),
+        pytest.raises(SourceError, match="no step is selected; steps there: none"),
+    ):
+        find_checkpoints(tmp_path)
+
+
+def test_unusable_directories(tmp_path):
+    with pytest.raises(SourceError, match="no such directory"):
+        find_checkpoints(tmp_path / "none")
+    with pytest.raises(SourceError, match=r"no checkpoints: .*step_N.*there are: nothing"):
+        find_checkpoints(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SourceError, match="a file where a directory belongs"):
+        find_checkpoints(tmp_path / "file")
+    with pytest.raises(SourceError, match=r"there are: file; .*--pattern"):
+        find_checkpoints(tmp_path)
+    with pytest.raises(SourceError, match="this is one model"):
+        find_checkpoints(make(tmp_path, "model") / "model")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "expected"),
+    [
+        ("epoch-{step}", "epoch-N", [(1, "epoch-1"), (2, "epoch-2")]),
+        ("epoch-{step}/", "epoch-N", [(1, "epoch-1"), (2, "epoch-2")]),
+        ("run_{step}/model", "run_N/model", [(5, "run_5/model")]),
+        ("run_{step}", "run_N/huggingface", [(6, "run_6/huggingface")]),
+        ("*/at{step}", "*/atN", [(8, "x/at8"), (9, "y/at9")]),
+        ("a.c{step}", "a.cN", [(3, "a.c3")]),
+        ("[x]{step}", "[x]N", [(4, "[x]4")]),
+        ("v{step}-*", "vN-*", [(1, "v1-abc"), (2, "v2-def")]),
+        ("v**{step}-d*", "v**N-d*", [(2, "v2-def")]),
+    ],
+)
+def test_patterns(tmp_path, pattern, layout, expected):
+    make(
+        tmp_path,
+        *("epoch-1", "epoch-2", "epoch-3x", "run_5/model", "run_6/huggingface", "x/at8", "y/at9"),
+        *(".z/at10", "a.c3", "abc4", "[x]4", "x5", "v1-abc", "v2-def"),
+    )
+    steps = StepSelection(explicit=tuple(step for step, _ in expected))
+    found = find_checkpoints(tmp_path, pattern, steps)
+    assert found.layout == layout
+    assert names(found, tmp_path) == [(step, path.removesuffix("/.")) for step, path in expected]
+
+
+def test_pattern_with_the_same_step_twice(tmp_path):
+    make(tmp_path, "x/at1", "y/at1")
+    with pytest.raises(SourceError, match="both x/at1 and y/at1 are step 1"):
+        find_checkpoints(tmp_path, "*/at{step}")
+
+
+def test_pattern_without_match(tmp_path):
+    make(tmp_path, *(f"d{index}" for index in range(8)))
+    with pytest.raises(
+        SourceError, match=r"epoch-{step}; there are: d0, d1, d2, d3, d4 and 3 more"
+    ):
+        find_checkpoints(tmp_path, "epoch-{step}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "",
+        "epoch",
+        "{step}{step}",
+        "a/{step}/b{step}",
+        "/a{step}",
+        "../{step}",
+        "a//{step}",
+        "\\{step}",
+    ],
+)
+def test_bad_patterns(tmp_path, pattern):
+    with pytest.raises(OptionError, match="--pattern"):
+        find_checkpoints(tmp_path, pattern)
+
+
+def test_selection(tmp_path):
+    make(tmp_path, *(f"step_{step}" for step in range(1, 21)))
+
+    def selected(text):
+        return [step for step, _ in find_checkpoints(tmp_path, steps=parse_steps(text)).checkpoints]
+
+    assert selected("1:75") == list(range(1, 21))
+    assert selected("18:") == [18, 19, 20]
+    assert selected(":2,7,5") == [1, 2, 5, 7]
+    assert selected("5:100:10") == [5, 15]
+    with pytest.raises(
+        SourceError, match=r"no checkpoint of step 21; steps there: 1, 2, 3, 4, 5, ..., 20 \(20 in"
+    ):
+        selected("1:10,21")
+    with pytest.raises(SourceError, match="no checkpoint of steps 21, 22;"):
+        selected("22,21")
+    with pytest.raises(SourceError, match="no step is selected; steps there: 1, "):
+        selected("30:40")
+
+
+@pytest.mark.parametrize(
+    ("text", "explicit", "ranges"),
+    [
+        ("7", (7,), ()),
+        ("10,5, 1,5", (1, 5, 10), ()),
+        ("1:75", (), ((1, 75, 1),)),
+        ("1:75:5", (), ((1, 75, 5),)),
+        (":75", (), ((1, 75, 1),)),
+        ("10:", (), ((10, None, 1),)),
+        ("10::5", (), ((10, None, 5),)),
+        (":", (), ((1, None, 1),)),
+        ("3:3", (), ((3, 3, 1),)),
+        ("1:10,20,30:50:10", (20,), ((1, 10, 1), (30, 50, 10))),
+    ],
+)
+def test_parse_steps(text, explicit, ranges):
+    assert parse_steps(text) == StepSelection(explicit, ranges)
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "problem"),
+    [
+        ("", "''", "not a step"),
+        ("1,", "''", "not a step"),
+        ("a", "'a'", "not a step"),
+        ("-1", "'-1'", "not a step"),
+        ("1.5", "'1.5'", "not a step"),
+        ("1:2:3:4", "'1:2:3:4'", "not a step"),
+        ("1-5", "'1-5'", "not a step"),
+        ("1 5", "'1 5'", "not a step"),
+        ("٣", "'٣'", "not a step"),
+        ("9" * 5000, "'999", "not a step"),
+        ("0", "'0'", "step 0 is the base"),
+        ("0:5", "'0:5'", "step 0 is the base"),
+        (":0", "':0'", "step 0 is the base"),
+        ("1:5:0", "'1:5:0'", "stride is 0"),
+        ("5,7:3", "'7:3'", "ends before it starts"),
+    ],
+)
+def test_parse_steps_refuses(text, part, problem):
+    with pytest.raises(OptionError, match=problem) as caught:
+        parse_steps(text)
+    assert part in str(caught.value)
+    assert "1:75" in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@given(
+    st.lists(
+        st.integers(1, 40) | st.tuples(st.integers(1, 40), st.integers(0, 40), st.integers(1, 9)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_selects_what_range_gives(items):
+    parts, expected = [], set()
+    for item in items:
+        if isinstance(item, int):
+            parts.append(str(item))
+            expected.add(item)
+        else:
+            first, length, stride = item
+            parts.append(f"{first}:{first + length}:{stride}")
+            expected |= set(range(first, first + length + 1, stride))
+    selection = parse_steps(",".join(parts))
+    assert {step for step in range(100) if selection.selects(step)} == expected
+
+
+@given(st.text(alphabet="0123456789:, x", max_size=12))
+def test_parse_steps_raises_nothing_else(text):
+    with contextlib.suppress(OptionError):
+        parse_steps(text)
