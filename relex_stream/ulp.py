@@ -1,0 +1,388 @@
+"""Bit patterns of floats: ordered integers, exact differences between steps, and rounding.
+
+The ordered pattern of a float is a bijection of all bit patterns (both zeros, infinities, every
+NaN) onto integers that keeps numeric order. Differences of ordered patterns are taken modulo
+2^16 or 2^32, so they never overflow and adding one back gives every pattern exactly.
+
+Kernels are compiled by numba, release the GIL and run on arrays of ``uint16`` (BF16, F16) or
+``uint32`` (F32). A `FloatFormat` says how to read a pattern as a number; patterns that are not
+finite count as 0 in every number taken here, so that one NaN cannot spoil a statistic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Bits = NDArray[Any]
+"""Bit patterns of weights, in the unsigned integer of their width."""
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A floating-point format with deltas in the store.
+
+    Attributes
+    ----------
+    code : str
+        safetensors dtype code.
+    number : int
+        The same for compiled kernels, which take no strings.
+    mantissa : int
+        Stored mantissa bits.
+    bias : int
+        Exponent bias.
+    bits_dtype : dtype
+        Unsigned integer of the format's width.
+    """
+
+    code: str
+    number: int
+    mantissa: int
+    bias: int
+    bits_dtype: np.dtype[Any]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per weight."""
+        return self.bits_dtype.itemsize
+
+
+FORMATS = {
+    "BF16": FloatFormat("BF16", 0, 7, 127, np.dtype(np.uint16)),
+    "F16": FloatFormat("F16", 1, 10, 15, np.dtype(np.uint16)),
+    "F32": FloatFormat("F32", 2, 23, 127, np.dtype(np.uint32)),
+}
+"""Float formats by safetensors dtype code."""
+
+_BF16, _F16 = 0, 1
+
+
+def ordered(bits: Bits) -> Bits:
+    """Map bit patterns to ordered integers (two's complement, in the same unsigned dtype).
+
+    Its own inverse.
+
+    Parameters
+    ----------
+    bits : ndarray of uint16 or uint32
+        Bit patterns of floats.
+
+    Returns
+    -------
+    ndarray, same shape and dtype
+
+    Examples
+    --------
+    >>> ordered(np.array([0x0000, 0x8000, 0xBF80], np.uint16)).view(np.int16).tolist()
+    [0, -1, -16257]
+    """
+    top = 8 * bits.dtype.itemsize - 1
+    below_sign = bits.dtype.type((1 << top) - 1)
+    return np.where(bits >> top, bits ^ below_sign, bits)
+
+
+@intrinsic
+def _float32_from_bits(typingctx: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_from_float32(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _bits_from_float64(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.uint64(types.float64), codegen
+
+
+@njit(inline="always")
+def _ordered_one(pattern, top):  # type: ignore[no-untyped-def]
+    # Branch-free: all bits below the sign are flipped when the sign is set.
+    pattern = np.uint32(pattern)
+    flip = (np.uint32(0) - (pattern >> np.uint32(top))) & np.uint32((1 << top) - 1)
+    return pattern ^ flip
+
+
+@njit(inline="always")
+def _finite_one(pattern, format_number):  # type: ignore[no-untyped-def]
+    wide = np.uint32(pattern)
+    if format_number == _BF16:
+        return (wide & np.uint32(0x7F80)) != np.uint32(0x7F80)
+    if format_number == _F16:
+        return (wide & np.uint32(0x7C00)) != np.uint32(0x7C00)
+    return (wide & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
+
+
+@njit(inline="always")
+def _number_one(pattern, format_number):  # type: ignore[no-untyped-def]
+    """Return the value of a pattern as float64, 0.0 when it is not finite."""
+    if not _finite_one(pattern, format_number):
+        return 0.0
+    wide = np.uint32(pattern)
+    if format_number == _BF16:
+        return np.float64(_float32_from_bits(wide << np.uint32(16)))
+    if format_number == _F16:
+        # The half's exponent and mantissa in a float's place, then the bias put right by an
+        # exact multiplication; subnormal halves come out exact too.
+        magnitude = np.float64(_float32_from_bits((wide & np.uint32(0x7FFF)) << np.uint32(13)))
+        magnitude *= 5.192296858534828e33  # 2**112
+        return -magnitude if wide & np.uint32(0x8000) else magnitude
+    return np.float64(_float32_from_bits(wide))
+
+
+@njit(nogil=True, cache=True)
+def find_changes(before_words, after_words, before, after, positions, zigzags):  # type: ignore[no-untyped-def]
+    """Find the elements whose bits differ, and by how much.
+
+    Parameters
+    ----------
+    before_words, after_words : ndarray of uint64
+        The same memory as `before` and `after`, whole 64-bit words only.
+    before, after : ndarray of uint8, uint16 or uint32, shape (b,)
+        Bit patterns at two steps.
+    positions : ndarray of uint32, shape (>= b,)
+        Out: ascending positions of the changed elements.
+    zigzags : ndarray, same dtype as `before`, shape (>= b,)
+        Out: zigzag code of the modular ordered difference (never 0).
+
+    Returns
+    -------
+    int
+        Number of changed elements.
+    """
+    lanes = 8 // before.itemsize
+    top = 8 * before.itemsize - 1
+    mask = np.uint32((1 << (top + 1)) - 1)
+    words = before_words.size
+    found = 0
+    for word in range(words + 1):
+        if word < words:
+            if before_words[word] == after_words[word]:
+                continue
+            start, stop = word * lanes, (word + 1) * lanes
+        else:
+            start, stop = words * lanes, before.size
+        for i in range(start, stop):
+            if before[i] != after[i]:
+                difference = (_ordered_one(after[i], top) - _ordered_one(before[i], top)) & mask
+                sign = (np.uint32(0) - (difference >> np.uint32(top))) & mask
+                positions[found] = i
+                zigzags[found] = ((difference << np.uint32(1)) & mask) ^ sign
+                found += 1
+    return found
+
+
+@njit(nogil=True, cache=True)
+def advance(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
+    """Apply the first `count` differences to `state` in place (bit patterns of one block).
+
+    `positions` must lie inside `state`; the decoder guarantees it.
+    """
+    top = 8 * state.itemsize - 1
+    mask = np.uint32((1 << (top + 1)) - 1)
+    for i in range(count):
+        p = positions[i]
+        code = np.uint32(zigzags[i])
+        difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
+        # The sum wraps in 32 bits; it is cut to the pattern's width before the order is undone.
+        after = (_ordered_one(state[p], top) + difference) & mask
+        state[p] = _ordered_one(after, top)
+
+
+@njit(nogil=True, cache=True)
+def advance_with_values(state, positions, zigzags, count, format_number, values):  # type: ignore[no-untyped-def]
+    """Apply differences to `state` in place and write what each added, as float64, to `values`."""
+    top = 8 * state.itemsize - 1
+    mask = np.uint32((1 << (top + 1)) - 1)
+    for i in range(count):
+        p = positions[i]
+        before = state[p]
+        code = np.uint32(zigzags[i])
+        difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
+        after = _ordered_one((_ordered_one(before, top) + difference) & mask, top)
+        state[p] = after
+        values[i] = _number_one(after, format_number) - _number_one(before, format_number)
+
+
+@njit(nogil=True, cache=True)
+def change_values(base, before, after, positions, count, format_number, values):  # type: ignore[no-untyped-def]
+    """Measure the changes between two steps.
+
+    Parameters
+    ----------
+    base, before, after : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns at the base, the step before and this step.
+    positions : ndarray of uint32
+        The first `count` are the changed elements.
+    values : ndarray of float64
+        Out: `after - before` at the changed elements.
+
+    Returns
+    -------
+    change_sq : float
+        Sum of squares of `after - before`.
+    delta_sq_growth : float
+        What the changes add to the sum of squares of `after - base`.
+    nonfinite_at : int
+        First position that is not finite now though the base is finite there; -1 if none.
+    """
+    change_sq = 0.0
+    growth = 0.0
+    nonfinite_at = -1
+    for i in range(count):
+        p = positions[i]
+        if (
+            nonfinite_at < 0
+            and not _finite_one(after[p], format_number)
+            and _finite_one(base[p], format_number)
+        ):
+            nonfinite_at = int(p)
+        now = _number_one(after[p], format_number)
+        then = _number_one(before[p], format_number)
+        origin = _number_one(base[p], format_number)
+        change = now - then
+        values[i] = change
+        change_sq += change * change
+        # (now - origin)^2 - (then - origin)^2, factored so that it does not cancel.
+        growth += change * ((now - origin) + (then - origin))
+    return change_sq, growth, nonfinite_at
+
+
+@njit(inline="always")
+def _round_one(value, mantissa, bias):  # type: ignore[no-untyped-def]
+    """Round a float64 to a 16-bit format in one step, to nearest even; return the pattern."""
+    wide = _bits_from_float64(value)
+    sign = (wide >> np.uint64(63)) << np.uint64(15)
+    magnitude = wide & np.uint64(0x7FFFFFFFFFFFFFFF)
+    infinity = np.uint64((2 * bias + 1) << mantissa)
+    if magnitude > np.uint64(0x7FF0000000000000):
+        return np.uint32(sign | infinity | np.uint64(1 << (mantissa - 1)))
+    drop = np.uint64(52 - mantissa)
+    if magnitude >> np.uint64(52) < np.uint64(1024 - bias):
+        # Subnormal in the target: a whole number of its smallest steps; rint rounds to even.
+        rounded = np.uint64(np.rint(abs(value) * 2.0 ** (bias - 1 + mantissa)))
+    else:
+        half = (np.uint64(1) << (drop - np.uint64(1))) - np.uint64(1)
+        magnitude += half + ((magnitude >> drop) & np.uint64(1))
+        rounded = (magnitude >> drop) - (np.uint64(1023 - bias) << np.uint64(mantissa))
+        rounded = min(rounded, infinity)
+    return np.uint32(sign | rounded)
+
+
+@njit(nogil=True, cache=True)
+def _add_rounded_kernel(bits, addend, format_number, mantissa, bias, out):  # type: ignore[no-untyped-def]
+    overflowed = 0
+    for i in range(bits.size):
+        # An element no step changed keeps its exact bits (a negative zero, a NaN's payload).
+        if addend[i] == 0.0:
+            out[i] = bits[i]
+            continue
+        value = _number_one(bits[i], format_number) + addend[i]
+        if format_number == 2:
+            pattern = _bits_from_float32(np.float32(value))
+        else:
+            pattern = _round_one(value, mantissa, bias)
+        if not _finite_one(pattern, format_number):
+            overflowed += 1
+        out[i] = pattern
+    return overflowed
+
+
+def add_rounded(base: Bits, addend: NDArray[np.float64], fmt: FloatFormat, out: Bits) -> int:
+    """Write ``base + addend``, rounded once to nearest even in `fmt`, to `out` as bit patterns.
+
+    Elements with an addend of 0 keep their exact bits.
+
+    Parameters
+    ----------
+    base : ndarray of fmt.bits_dtype, shape (b,)
+        Bit patterns.
+    addend : ndarray of float64, shape (b,)
+        May be a strided view.
+    fmt : FloatFormat
+    out : ndarray of fmt.bits_dtype, shape (b,)
+        May be `base` itself.
+
+    Returns
+    -------
+    int
+        How many results overflowed to infinity (or are NaN).
+
+    Examples
+    --------
+    >>> out = np.zeros(1, np.uint16)
+    >>> add_rounded(np.array([0x3F80], np.uint16), np.array([0.5]), FORMATS["BF16"], out)
+    0
+    >>> hex(out[0])
+    '0x3fc0'
+    """
+    count = _add_rounded_kernel(base, addend, fmt.number, fmt.mantissa, fmt.bias, out)
+    return int(count)
+
+
+def widen(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> None:
+    """Write patterns of `source` as patterns of `target`, exactly, to `out`.
+
+    Only the pairs of `can_widen`: the same format, or BF16 or F16 to F32.
+    """
+    if source == target:
+        np.copyto(out, bits)
+    elif source.code == "BF16":
+        np.left_shift(bits, 16, out=out, dtype=np.uint32, casting="unsafe")
+    else:
+        _widen_half_kernel(bits, out)
+
+
+@njit(nogil=True, cache=True)
+def _widen_half_kernel(bits, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.size):
+        wide = np.uint32(bits[i])
+        if _finite_one(wide, _F16):
+            out[i] = _bits_from_float32(np.float32(_number_one(wide, _F16)))
+        else:
+            # By integers: a conversion in hardware quiets signalling NaNs on some machines, and a
+            # store must give the same bits on all.
+            sign = (wide & np.uint32(0x8000)) << np.uint32(16)
+            payload = (wide & np.uint32(0x3FF)) << np.uint32(13)
+            out[i] = sign | np.uint32(0x7F800000) | payload
+
+
+def can_widen(source: FloatFormat, target: FloatFormat) -> bool:
+    """Say whether every pattern of `source` is exactly one of `target`."""
+    return source == target or (target.code == "F32" and source.itemsize == 2)
+
+
+@njit(nogil=True, cache=True)
+def _numbers_kernel(bits, format_number, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.size):
+        out[i] = _number_one(bits[i], format_number)
+
+
+def numbers(bits: Bits, fmt: FloatFormat) -> NDArray[np.float64]:
+    """Return the values of bit patterns as float64; patterns that are not finite give 0.
+
+    Examples
+    --------
+    >>> numbers(np.array([0x3F80, 0x7F80], np.uint16), FORMATS["BF16"]).tolist()
+    [1.0, 0.0]
+    """
+    out = np.empty(bits.shape, np.float64)
+    _numbers_kernel(bits.reshape(-1), fmt.number, out.reshape(-1))
+    return out
