@@ -1,0 +1,406 @@
+"""Small statistics of a tensor's weight deltas, and the top left singular vectors from them.
+
+M is (T, d): row t is the weight delta ``theta_t - theta_0``. ``M = L D`` with D the change from
+each step to the next and L the lower triangle of ones; D is sparse when weights are 16-bit.
+Everything that touches weights here is a sum over blocks of columns of D: add the partial results
+of disjoint blocks, then finish with T x T algebra in float64.
+
+Two routes to the top-r left singular vectors U of M:
+
+* exact: the Gram matrix ``M M^T = L (D D^T) L^T`` and an eigendecomposition (the method of
+  snapshots, Sirovich 1987);
+* randomized (Halko, Martinsson, Tropp 2011, algorithm 4.4 with a CountSketch as test matrix):
+  the sketch ``Y = M Omega`` gives a basis Q, each pass over the blocks the exact
+  ``Z = M (M^T Q)``, and Rayleigh-Ritz on Q the vectors.
+
+Nothing here opens a file or knows a scheduler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+
+SKETCH_WIDTH = 256
+"""Columns of the CountSketch kept per tensor and step."""
+
+SKETCH_MIN_ELEMENTS = 64 << 10
+"""Tensors with fewer weights keep no sketch: their Gram matrix costs less than a pass."""
+
+OVERSAMPLING = 7
+"""Extra basis vectors beside the rank (Halko et al. advise 5 to 10)."""
+
+_DENSE_SHARE = 0.15
+"""Above this share of nonzeros a matrix product beats pairing the nonzeros of each column."""
+
+GRAM_COLUMNS = 1 << 15
+"""Columns of D handled at a time for the Gram matrix where the planner gives no other number."""
+
+_RANK_TOLERANCE = 1e-13
+"""Components below this share of the largest eigenvalue are noise of float64, not directions."""
+
+
+@dataclass(frozen=True)
+class ChangeRows:
+    """Some rows of D in compressed form: for each row the changed columns and by how much.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (n,)
+        Row numbers (0 is the first step), ascending.
+    starts : ndarray of int64, shape (n + 1,)
+        Row ``rows[i]`` has entries ``starts[i]:starts[i + 1]``.
+    positions : ndarray of uint32
+        Columns within the block, ascending in each row.
+    values : ndarray of float64
+        Changes, in weight units.
+    """
+
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    positions: NDArray[np.uint32]
+    values: Float64
+
+
+def sketch_key(seed: int, name: str) -> int:
+    """Return the 64-bit key from which a tensor's test matrix is hashed."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+@njit(nogil=True, cache=True)
+def _sketch_kernel(positions, values, count, first_element, key, row):  # type: ignore[no-untyped-def]
+    width = np.uint64(row.size)
+    for i in range(count):
+        # splitmix64 of (key + element): 8 bits choose the bucket, one the sign.
+        x = np.uint64(key) + (np.uint64(first_element) + np.uint64(positions[i])) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        value = values[i]
+        row[x % width] += value if x >> np.uint64(63) else -value
+
+
+def sketch_changes(
+    positions: NDArray[np.uint32],
+    values: Float64,
+    count: int,
+    first_element: int,
+    key: int,
+    row: Float64,
+) -> None:
+    """Add one block's share of ``D_t Omega`` to `row`.
+
+    Omega (d, width) has one nonzero per row, +1 or -1, at a column hashed from `key` and the
+    element's offset in its tensor (CountSketch: Charikar, Chen, Farach-Colton 2002; as a
+    subspace embedding: Clarkson, Woodruff 2013). The same for any cut into blocks.
+
+    Parameters
+    ----------
+    positions, values : ndarray
+        Changed elements within the block and their changes; the first `count` count.
+    first_element : int
+        Offset of the block in its tensor.
+    key : int
+        From `sketch_key`.
+    row : ndarray of float64, shape (width,)
+        Summed into.
+    """
+    _sketch_kernel(positions, values, count, first_element, np.uint64(key), row)
+
+
+def pack_sketch(row: Float64) -> tuple[NDArray[np.float16], np.float32]:
+    """Round a sketch row to float16 with a scale; `unpack_sketch` multiplies back.
+
+    The rounding (5e-4 of the largest entry) only moves the starting basis of the power passes.
+    """
+    with np.errstate(over="ignore"):  # beyond float32: no scale, as below
+        scale = np.float32(np.abs(row).max(initial=0.0))
+    if scale == 0 or not np.isfinite(scale):
+        return np.zeros(row.size, np.float16), np.float32(0)
+    return (row / np.float64(scale)).astype(np.float16), scale
+
+
+def unpack_sketch(rows: NDArray[np.float16], scales: NDArray[np.float32]) -> Float64:
+    """Return sketch rows (T, width) as float64."""
+    return rows.astype(np.float64) * scales.astype(np.float64)[:, None]
+
+
+# --- products with D, block by block -----------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _project_kernel(rows, starts, positions, values, coefficients, out):  # type: ignore[no-untyped-def]
+    for i in range(rows.size):
+        row = rows[i]
+        for entry in range(starts[i], starts[i + 1]):
+            p = positions[entry]
+            value = values[entry]
+            for column in range(out.shape[1]):
+                out[p, column] += value * coefficients[row, column]
+
+
+def add_weighted_rows(changes: ChangeRows, coefficients: Float64, out: Float64 | Float32) -> None:
+    """Add ``D^T C`` to `out`: for each element the weighted sum of its changes.
+
+    Parameters
+    ----------
+    changes : ChangeRows
+        Rows of D for one block.
+    coefficients : ndarray of float64, shape (T, k)
+        C; row t weighs row t of D.
+    out : ndarray of float32 or float64, shape (b, k)
+        Summed into.
+    """
+    _project_kernel(
+        changes.rows, changes.starts, changes.positions, changes.values, coefficients, out
+    )
+
+
+@njit(nogil=True, cache=True)
+def _contract_kernel(rows, starts, positions, values, projected, out):  # type: ignore[no-untyped-def]
+    for i in range(rows.size):
+        row = rows[i]
+        for entry in range(starts[i], starts[i + 1]):
+            p = positions[entry]
+            value = values[entry]
+            for column in range(out.shape[1]):
+                out[row, column] += value * projected[p, column]
+
+
+def add_products(changes: ChangeRows, projected: Float32 | Float64, out: Float64) -> None:
+    """Add ``D P`` to `out` (T, k) for the rows in `changes`; `projected` is P (b, k)."""
+    _contract_kernel(
+        changes.rows, changes.starts, changes.positions, changes.values, projected, out
+    )
+
+
+@njit(nogil=True, cache=True)
+def _columns_kernel(rows, starts, positions, values, cursors, stop, first, heads, row_of, value_of):  # type: ignore[no-untyped-def]
+    """Regroup by column the entries of columns [first, stop) that `cursors` points at.
+
+    heads (stop - first + 1) comes zeroed and ends as starts of columns. Cursors move on.
+    """
+    for i in range(rows.size):
+        entry = cursors[i]
+        while entry < starts[i + 1] and positions[entry] < stop:
+            heads[positions[entry] - first + 1] += 1
+            entry += 1
+    for column in range(heads.size - 1):
+        heads[column + 1] += heads[column]
+    fill = heads[:-1].copy()
+    for i in range(rows.size):
+        entry = cursors[i]
+        while entry < starts[i + 1] and positions[entry] < stop:
+            column = positions[entry] - first
+            row_of[fill[column]] = rows[i]
+            value_of[fill[column]] = values[entry]
+            fill[column] += 1
+            entry += 1
+        cursors[i] = entry
+
+
+@njit(nogil=True, cache=True)
+def _pairs_kernel(heads, row_of, value_of, gram):  # type: ignore[no-untyped-def]
+    """Add the lower triangle of ``D D^T``, column by column; rows ascend in each column."""
+    for column in range(heads.size - 1):
+        for a in range(heads[column], heads[column + 1]):
+            row, value = row_of[a], value_of[a]
+            for b in range(heads[column], a + 1):
+                gram[row, row_of[b]] += value * value_of[b]
+
+
+@njit(nogil=True, cache=True)
+def _scatter_kernel(rows, starts, positions, values, first, stop, dense):  # type: ignore[no-untyped-def]
+    for i in range(rows.size):
+        for entry in range(starts[i], starts[i + 1]):
+            p = np.int64(positions[entry])
+            if first <= p < stop:
+                dense[rows[i], p - first] = values[entry]
+
+
+def scatter_columns(changes: ChangeRows, first: int, dense: Float64) -> None:
+    """Write columns ``first : first + dense.shape[1]`` of the rows in `changes` into `dense`."""
+    _scatter_kernel(
+        changes.rows,
+        changes.starts,
+        changes.positions,
+        changes.values,
+        first,
+        first + dense.shape[1],
+        dense,
+    )
+
+
+def add_gram(
+    changes: ChangeRows, elements: int, gram: Float64, columns: int = GRAM_COLUMNS
+) -> None:
+    """Add one block's share of ``D D^T`` (lower triangle) to `gram`, from all rows of the block.
+
+    Parameters
+    ----------
+    changes : ChangeRows
+        Every row of D that the Gram matrix is over, for one block.
+    elements : int
+        Columns of the block.
+    gram : ndarray of float64, shape (T, T)
+        Summed into; only the lower triangle is meant.
+    columns : int
+        Columns handled at a time; the room taken is 8 T bytes for each.
+
+    Notes
+    -----
+    Costs the sum over columns of (nonzeros in the column)^2 while D is sparse, T^2 per column
+    by matrix product when it is not.
+    """
+    cursors = changes.starts[:-1].copy()
+    for first in range(0, elements, columns):
+        stop = min(elements, first + columns)
+        ends = np.array(
+            [
+                np.searchsorted(changes.positions[low:high], np.uint32(stop)) + low
+                for low, high in zip(cursors, changes.starts[1:], strict=True)
+            ],
+            np.int64,
+        ).reshape(-1)
+        entries = int((ends - cursors).sum())
+        if entries > _DENSE_SHARE * gram.shape[0] * (stop - first):
+            dense = np.zeros((gram.shape[0], stop - first))
+            scatter_columns(changes, first, dense)
+            gram += dense @ dense.T
+            cursors = ends
+        elif entries:
+            heads = np.zeros(stop - first + 1, np.int64)
+            row_of = np.empty(entries, np.int64)
+            value_of = np.empty(entries)
+            _columns_kernel(
+                changes.rows,
+                changes.starts,
+                changes.positions,
+                changes.values,
+                cursors,
+                stop,
+                first,
+                heads,
+                row_of,
+                value_of,
+            )
+            _pairs_kernel(heads, row_of, value_of, gram)
+
+
+# --- T x T algebra -----------------------------------------------------------------------------
+
+
+def cumulate(rows: Float64) -> Float64:
+    """Return ``L A``: running sums down the first axis."""
+    return np.cumsum(rows, axis=0)
+
+
+def cumulate_transposed(rows: Float64) -> Float64:
+    """Return ``L^T A``: sums from each row to the last."""
+    return np.cumsum(rows[::-1], axis=0)[::-1].copy()
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Top left singular vectors of M.
+
+    Attributes
+    ----------
+    vectors : ndarray of float64, shape (T, r)
+        Orthonormal columns; r may be less than asked for when M has lower rank (0 if M = 0).
+    singular_values : ndarray of float64, shape (r,)
+        Descending, weight units.
+    """
+
+    vectors: Float64
+    singular_values: Float64
+
+
+def subspace_of_gram(changes_gram: Float64, rank: int) -> Subspace:
+    """Solve the exact route.
+
+    Parameters
+    ----------
+    changes_gram : ndarray of float64, shape (T, T)
+        ``D D^T``; only the lower triangle is read.
+    rank : int
+        Components wanted.
+
+    Returns
+    -------
+    Subspace
+
+    Notes
+    -----
+    Singular values below about 1e-7 of the largest are lost in the squares.
+    """
+    lower = np.tril(changes_gram)
+    full = lower + np.tril(lower, -1).T
+    gram = np.cumsum(np.cumsum(full, axis=0), axis=1)
+    eigenvalues, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    return _leading(vectors[:, ::-1], eigenvalues[::-1], rank)
+
+
+def sketch_basis(sketch_rows: Float64, rank: int) -> Float64:
+    """Return an orthonormal basis Q (T, min(T, rank + 7)) from the sketch of D's rows."""
+    sketch = cumulate(sketch_rows)
+    # Squaring loses singular values below 1e-8 of the largest; the sketch itself, kept in
+    # float16, knows none of them.
+    _, left = np.linalg.eigh(sketch @ sketch.T)
+    return np.ascontiguousarray(left[:, ::-1][:, : min(sketch.shape[0], rank + OVERSAMPLING)])
+
+
+def products_of_changes(changes_products: Float64) -> Float64:
+    """Turn the sum over blocks of ``D P``, with ``P = D^T L^T Q``, into ``Z = M M^T Q``."""
+    return cumulate(changes_products)
+
+
+def next_basis(products: Float64) -> Float64:
+    """Return the basis for another power pass: an orthonormal basis of the range of Z."""
+    return np.linalg.qr(products)[0]
+
+
+def subspace_of_products(basis: Float64, products: Float64, rank: int) -> Subspace:
+    """Solve the randomized route from the last pass.
+
+    Parameters
+    ----------
+    basis : ndarray of float64, shape (T, k)
+        Q, orthonormal.
+    products : ndarray of float64, shape (T, k)
+        ``Z = M M^T Q``.
+    rank : int
+
+    Returns
+    -------
+    Subspace
+
+    Notes
+    -----
+    Rayleigh-Ritz: ``eigh(Q^T Z)`` gives v and lambda; the vector returned is Z v normalised, not
+    Q v: one power step more for nothing, two digits when measured.
+    """
+    projected = basis.T @ products
+    eigenvalues, vectors = np.linalg.eigh((projected + projected.T) / 2)
+    subspace = _leading(vectors[:, ::-1], eigenvalues[::-1], rank)
+    if not subspace.singular_values.size:
+        return Subspace(np.zeros((basis.shape[0], 0)), subspace.singular_values)
+    left = np.linalg.qr(products @ subspace.vectors)[0]
+    return Subspace(left, subspace.singular_values)
+
+
+def _leading(vectors: Float64, eigenvalues: Float64, rank: int) -> Subspace:
+    if not eigenvalues.size or eigenvalues[0] <= 0:
+        return Subspace(np.zeros((vectors.shape[0], 0)), np.zeros(0))
+    kept = int((eigenvalues[:rank] > _RANK_TOLERANCE * eigenvalues[0]).sum())
+    return Subspace(np.ascontiguousarray(vectors[:, :kept]), np.sqrt(eigenvalues[:kept]))
