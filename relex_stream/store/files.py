@@ -1,0 +1,164 @@
+"""Every call by which a store changes the disk, one function each.
+
+A test that replays crashes replaces these functions by ones that also keep a log; so no other
+module of the package writes, syncs, renames or removes anything in a store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from relex_stream.errors import StoreError
+
+
+def make_directory(path: Path) -> None:
+    """Make one directory; its parent must exist. Does nothing if it is there already."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file under its final name; not atomic: only for names nothing reaches yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(descriptor, data, 0)
+    finally:
+        os.close(descriptor)
+
+
+def write_tail(path: Path, committed_bytes: int, data: bytes) -> None:
+    """Put `data` right after the first `committed_bytes` of a file, which stay as they are.
+
+    Whatever an unfinished run left behind them is cut off first.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size < committed_bytes:
+            raise StoreError(
+                f"{path} holds {size} bytes, {committed_bytes} are committed; "
+                "the store is damaged (see relex-stream verify)"
+            )
+        if size > committed_bytes:
+            os.ftruncate(descriptor, committed_bytes)
+        _write_all(descriptor, data, committed_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def truncate_file(path: Path, size: int) -> None:
+    """Cut a file to `size` bytes."""
+    os.truncate(path, size)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within a directory, replacing `target`."""
+    os.replace(source, target)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def sync_file(path: Path) -> None:
+    """Put a file's bytes (or a directory's names) on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to sync directories; their renames are synchronous.
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_many(root: Path, written: Iterable[Path]) -> None:
+    """Put all `written` files and their names on the disk.
+
+    On Linux one ``syncfs`` of the file system of `root`, which costs much less than thousands of
+    ``fsync``; elsewhere each file and each directory above it up to `root`.
+    """
+    if sys.platform == "linux" and _sync_file_system(root):
+        return
+    paths = list(written)
+    for path in paths:
+        sync_file(path)
+    parents = {
+        parent for path in paths for parent in path.parents if root in (parent, *parent.parents)
+    }
+    for directory in sorted(parents, key=lambda path: -len(path.parts)):
+        sync_file(directory)
+
+
+def _sync_file_system(root: Path) -> bool:
+    try:
+        syncfs = ctypes.CDLL(None, use_errno=True).syncfs
+    except (OSError, AttributeError):
+        return False
+    descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), f"syncfs failed for {root}")
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file's content: after a crash at any moment it is whole, old or new."""
+    temporary = path.with_name(path.name + ".partial")
+    write_file(temporary, data)
+    sync_file(temporary)
+    rename(temporary, path)
+    sync_file(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file of a store; yield whether the last holder ended without saying so.
+
+    The file holds the owner while work is under way and is empty after a clean end. The kernel
+    lets go of the lock when its process ends, however it ends.
+
+    Raises
+    ------
+    StoreError
+        If another process holds the lock.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreError(
+                f"another process is writing to {path.parent} ({owner}); "
+                "wait for it, or end it, and run this again"
+            ) from error
+        unfinished = os.fstat(descriptor).st_size > 0
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        os.fsync(descriptor)
+        yield unfinished
+        os.ftruncate(descriptor, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view = view[written:]
+        offset += written

@@ -1,0 +1,378 @@
+"""Reading a store: what HEAD reaches, and nothing else.
+
+A `Store` never changes the disk and may be shared between threads and pickled into tasks. It
+shows the commits that HEAD named when it was opened; later appends do not disturb it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from relex_stream.errors import CorruptionError, OptionError, StoreError
+from relex_stream.specs import STEP_GROUP
+from relex_stream.store import arrays
+from relex_stream.store.records import (
+    Commit,
+    FileEntry,
+    Head,
+    Manifest,
+    RecordName,
+    StoredTensor,
+    decode_commit,
+    decode_head,
+    decode_manifest,
+)
+
+HEAD_NAME = "HEAD"
+
+
+class Store:
+    """A committed trajectory: base, steps, and for every step how it differs from the one before.
+
+    Parameters
+    ----------
+    path : Path
+        The store's directory.
+
+    Raises
+    ------
+    StoreError
+        If `path` is not a store or of a newer format.
+    CorruptionError
+        If HEAD or the manifest is damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.head: Head = read_head(self.path)
+        self.manifest: Manifest = decode_manifest(self._record_bytes(self.head.manifest))
+        self.tensors: dict[str, StoredTensor] = {
+            tensor.name: tensor for tensor in self.manifest.tensors
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are read again where they are needed; a task must stay small.
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {len(self.steps)} steps, {len(self.tensors)} tensors)"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Committed steps, ascending; row t of every table is ``steps[t]``."""
+        return self.head.steps
+
+    def row_of(self, step: int) -> int:
+        """Return the row of a committed step.
+
+        Raises
+        ------
+        OptionError
+            If the step is not in the store; the message names those that are.
+        """
+        try:
+            return self.steps.index(step)
+        except ValueError:
+            raise OptionError(
+                f"step {step} is not in {self.path}; it holds {describe_steps(self.steps)}"
+            ) from None
+
+    # --- records --------------------------------------------------------------------------------
+
+    def commit(self, row: int) -> Commit:
+        """Return the commit of a row, its checksum checked."""
+        name = self.head.commits[row]
+        what = f"the record of step {self.steps[row]} ({name.path})"
+        commit = decode_commit(self._record_bytes(name), self.manifest, what)
+        before = self.head.commits[row - 1] if row else self.head.manifest
+        if (commit.step, commit.row) != (self.steps[row], row) or commit.previous != before.path:
+            raise CorruptionError(f"{what} does not follow the one before it")
+        return commit
+
+    def record_path(self, name: RecordName) -> Path:
+        """Return the path of a record."""
+        return self.path / name.path
+
+    def _record_bytes(self, name: RecordName) -> bytes:
+        try:
+            data = self.record_path(name).read_bytes()
+        except OSError as error:
+            raise CorruptionError(f"{self.path}: record {name.path} is missing: {error}") from error
+        if google_crc32c.value(data) != name.crc32c:
+            raise CorruptionError(f"{self.path}: record {name.path} does not match its checksum")
+        return data
+
+    @cached_property
+    def _tables(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float64]]:
+        shape = (len(self.steps), self.manifest.blocks)
+        frame_bytes, changed = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
+        delta_sq = np.zeros((len(self.steps), len(self.tensors)))
+        for row in range(len(self.steps)):
+            commit = self.commit(row)
+            frame_bytes[row], changed[row] = commit.frame_bytes, commit.changed
+            delta_sq[row] = commit.delta_sq
+        return frame_bytes, changed, delta_sq
+
+    @property
+    def frame_bytes(self) -> NDArray[np.uint32]:
+        """Bytes of every frame, shape (T, blocks); 0 where a block did not change."""
+        return self._tables[0]
+
+    @property
+    def changed(self) -> NDArray[np.uint32]:
+        """Changed elements of every block, shape (T, blocks)."""
+        return self._tables[1]
+
+    @property
+    def delta_sq(self) -> NDArray[np.float64]:
+        """Squared norm of every tensor's weight delta, shape (T, tensors)."""
+        return self._tables[2]
+
+    def sketch_rows(
+        self, tensors: Iterable[StoredTensor], rows: int
+    ) -> Iterator[tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]]:
+        """Yield the sketches of the first `rows` changes, tensor by tensor.
+
+        Reads slices of the records, so that memory does not grow with the number of tensors.
+
+        Yields
+        ------
+        tensor : StoredTensor
+        sketch : ndarray of float16, shape (rows, width)
+        scale : ndarray of float32, shape (rows,)
+        """
+        width = self.manifest.sketch_width
+        offsets = [self._sketch_offsets(row) for row in range(rows)]
+        descriptors = [-1] * rows
+        try:
+            for tensor in tensors:
+                sketch = np.empty((rows, width), np.float16)
+                scale = np.empty(rows, np.float32)
+                for row in range(rows):
+                    # Few records are open at a time even in a store of very many steps.
+                    path = self.record_path(self.head.commits[row])
+                    descriptor = descriptors[row]
+                    if descriptor < 0:
+                        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                        if row < 128:
+                            descriptors[row] = descriptor
+                    at, scale_at = offsets[row]
+                    sketch_bytes = os.pread(
+                        descriptor, 2 * width, at + 2 * width * tensor.sketch_row
+                    )
+                    scale_bytes = os.pread(descriptor, 4, scale_at + 4 * tensor.sketch_row)
+                    if row >= 128:
+                        os.close(descriptor)
+                    sketch[row] = np.frombuffer(sketch_bytes, np.float16)
+                    scale[row] = np.frombuffer(scale_bytes, np.float32)[0]
+                yield tensor, sketch, scale
+        finally:
+            for descriptor in descriptors:
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _sketch_offsets(self, row: int) -> tuple[int, int]:
+        with open(self.record_path(self.head.commits[row]), "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        start = 8 + length
+        return (
+            start + header["sketch"]["data_offsets"][0],
+            start + header["sketch_scale"]["data_offsets"][0],
+        )
+
+    # --- chunks ---------------------------------------------------------------------------------
+
+    def committed_bytes(self, tensor: StoredTensor, block: int, chunk_row: int) -> int:
+        """Return how many bytes of a chunk are committed."""
+        rows = slice(chunk_row * STEP_GROUP, (chunk_row + 1) * STEP_GROUP)
+        return int(self.frame_bytes[rows, tensor.first_block + block].sum(dtype=np.int64))
+
+    def read_frames(
+        self, tensor: StoredTensor, block: int, first_row: int, stop_row: int
+    ) -> list[tuple[int, memoryview]]:
+        """Read the committed frames of a block for rows ``first_row : stop_row``.
+
+        Returns
+        -------
+        list of (row, frame)
+            Ascending; rows in which the block did not change are left out. Frames are not yet
+            checked against their checksums: decoding does that.
+
+        Raises
+        ------
+        CorruptionError
+            If a chunk is missing or shorter than what is committed.
+        """
+        sizes = self.frame_bytes[:, tensor.first_block + block]
+        frames: list[tuple[int, memoryview]] = []
+        for chunk_row in range(first_row // STEP_GROUP, -(-stop_row // STEP_GROUP)):
+            start = chunk_row * STEP_GROUP
+            low, high = max(start, first_row), min(start + STEP_GROUP, stop_row)
+            wanted = int(sizes[low:high].sum(dtype=np.int64))
+            if not wanted:
+                continue
+            offset = int(sizes[start:low].sum(dtype=np.int64))
+            key = arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
+            data = memoryview(self._read_chunk(key, offset, wanted))
+            at = 0
+            for row in range(low, high):
+                if sizes[row]:
+                    frames.append((row, data[at : at + int(sizes[row])]))
+                    at += int(sizes[row])
+        return frames
+
+    def read_base_frame(self, tensor: StoredTensor, block: int) -> memoryview | None:
+        """Return the frame of an included base block; None when the block is all zero bits."""
+        size = int(self.manifest.base_frame_bytes[tensor.first_block + block])
+        if not size:
+            return None
+        key = arrays.chunk_key(arrays.BASE, tensor, 0, block)
+        return memoryview(self._read_chunk(key, 0, size))
+
+    def _read_chunk(self, key: str, offset: int, size: int) -> bytes:
+        path = self.path / key
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CorruptionError(f"{self.path}: chunk {key} is committed but missing") from None
+        try:
+            parts = []
+            while size:
+                part = os.pread(descriptor, size, offset)
+                if not part:
+                    raise CorruptionError(
+                        f"{self.path}: chunk {key} ends at byte {offset}, "
+                        f"{offset + size} bytes are committed"
+                    )
+                parts.append(part)
+                offset += len(part)
+                size -= len(part)
+        finally:
+            os.close(descriptor)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    # --- blobs ----------------------------------------------------------------------------------
+
+    def blob_path(self, sha256: str) -> Path:
+        """Return the path of a blob."""
+        return blob_path(self.path, sha256)
+
+    def blob(self, sha256: str) -> bytes:
+        """Return a blob's bytes, checked against its name.
+
+        Raises
+        ------
+        CorruptionError
+            If it is missing or does not match.
+        """
+        try:
+            data = self.blob_path(sha256).read_bytes()
+        except OSError as error:
+            raise CorruptionError(f"{self.path}: blob {sha256} is missing: {error}") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CorruptionError(f"{self.path}: blob {sha256} does not match its name")
+        return data
+
+    def recipe(self, entry: FileEntry) -> list[tuple[str, str]]:
+        """Return the parts of a weights file: ``("blob", sha256)`` or ``("tensor", name)``."""
+        assert entry.recipe is not None
+        return _parse_recipe(self.blob(entry.recipe), entry)
+
+    def blobs_of(self, entries: Iterable[FileEntry]) -> set[str]:
+        """Return the names of all blobs that files need, those inside recipes included."""
+        needed: set[str] = set()
+        for entry in entries:
+            if entry.blob is not None:
+                needed.add(entry.blob)
+            elif entry.recipe is not None and entry.recipe not in needed:
+                needed.add(entry.recipe)
+                needed.update(name for kind, name in self.recipe(entry) if kind == "blob")
+        return needed
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of all files of the store."""
+        return sum(
+            entry.stat().st_size
+            for entry in self.path.rglob("*")
+            if entry.is_file() and not entry.is_symlink()
+        )
+
+
+def read_head(path: Path) -> Head:
+    """Read HEAD of the store at `path`.
+
+    Raises
+    ------
+    StoreError
+        If there is no store there.
+    """
+    try:
+        data = (path / HEAD_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise StoreError(f"no store at {path}: nothing is there") from None
+        raise StoreError(
+            f"{path} is not a relex-stream store, or its first build never finished: "
+            "it has no HEAD; make one with relex-stream build-store"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"cannot read the store at {path}: {error}") from error
+    return decode_head(data)
+
+
+def blob_path(root: Path, sha256: str) -> Path:
+    """Return where a blob is kept."""
+    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+        raise CorruptionError(f"{root}: {sha256!r} is no blob's name")
+    return root / "blobs" / sha256
+
+
+@lru_cache(maxsize=64)
+def _cached_recipe(data: bytes) -> tuple[int, tuple[tuple[str, str], ...]]:
+    body = json.loads(data)
+    parts = tuple((str(kind), str(name)) for kind, name in body["parts"])
+    if any(kind not in ("blob", "tensor") for kind, _ in parts):
+        raise ValueError("unknown kind of part")
+    return int(body["size"]), parts
+
+
+def _parse_recipe(data: bytes, entry: FileEntry) -> list[tuple[str, str]]:
+    try:
+        size, parts = _cached_recipe(data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptionError(f"the recipe of {entry.path} is damaged: {error}") from error
+    if size != entry.size:
+        raise CorruptionError(f"the recipe of {entry.path} is for another size of file")
+    return list(parts)
+
+
+def describe_steps(steps: tuple[int, ...]) -> str:
+    """Say which steps there are in a few words.
+
+    Examples
+    --------
+    >>> describe_steps((1, 2, 3, 10))
+    '4 steps from 1 to 10'
+    """
+    if not steps:
+        return "no steps"
+    if len(steps) <= 3:
+        return "step " + ", ".join(map(str, steps))
+    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"

@@ -1,0 +1,303 @@
+"""Appending to a store, taking steps back, and clearing what an unfinished run left.
+
+Order of a commit: frames behind the committed bytes of their chunks, blobs and records under new
+names; all of that synced; then HEAD replaced. Until HEAD names a record, nothing that was written
+exists for any reader, and no byte that HEAD reaches is ever changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from relex_stream.errors import StoreError
+from relex_stream.specs import STEP_GROUP, WeightsFile
+from relex_stream.store import arrays, files
+from relex_stream.store.read import HEAD_NAME, Store, blob_path
+from relex_stream.store.records import (
+    Commit,
+    FileEntry,
+    Head,
+    Manifest,
+    RecordName,
+    StoredTensor,
+    encode_commit,
+    encode_head,
+    encode_manifest,
+    record_name,
+)
+
+LOCK_NAME = "LOCK"
+_OWN_NAMES = {HEAD_NAME, LOCK_NAME, "zarr.json", arrays.DELTAS, arrays.BASE, "commits", "blobs"}
+
+
+def write_frames(
+    root: Path,
+    group: str,
+    tensor: StoredTensor,
+    chunk_row: int,
+    block: int,
+    committed: int,
+    data: bytes,
+) -> None:
+    """Put frames behind the committed bytes of a chunk. Idempotent; safe from any thread.
+
+    Parameters
+    ----------
+    root : Path
+        The store.
+    group : str
+        ``arrays.DELTAS`` or ``arrays.BASE``.
+    committed : int
+        Bytes of the chunk that HEAD reaches.
+    data : bytes
+        Whole frames.
+    """
+    files.write_tail(root / arrays.chunk_key(group, tensor, chunk_row, block), committed, data)
+
+
+class StoreWriter:
+    """The one writer of a store, for as long as it is open (a context manager).
+
+    Parameters
+    ----------
+    path : Path
+        The store; made if it is not there.
+
+    Attributes
+    ----------
+    store : Store or None
+        What is committed; None before the first commit.
+
+    Raises
+    ------
+    StoreError
+        On entering: if another process writes to it, or `path` holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store: Store | None = None
+        self._written: list[Path] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._make_root()
+        unfinished = self._stack.enter_context(files.exclusive_lock(self.path / LOCK_NAME))
+        try:
+            if (self.path / HEAD_NAME).exists():
+                # Overwriting bytes that HEAD does not reach is safe only once the disk agrees
+                # on which HEAD that is.
+                files.sync_file(self.path / HEAD_NAME)
+                files.sync_file(self.path)
+                self.store = Store(self.path)
+            if unfinished:
+                self.sweep()
+        except BaseException as error:
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # After an error the lock file keeps its owner: the next writer then sweeps.
+        self._stack.__exit__(*exception)  # type: ignore[arg-type]
+
+    def _make_root(self) -> None:
+        try:
+            present = set(os.listdir(self.path))
+        except FileNotFoundError:
+            present = set()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.path)
+            files.sync_file(self.path.parent)
+        except NotADirectoryError:
+            raise StoreError(f"{self.path} is a file; name a directory for the store") from None
+        foreign = sorted(present - _OWN_NAMES - {HEAD_NAME + ".partial"})
+        if foreign:
+            raise StoreError(
+                f"{self.path} holds files that are not a store's ({', '.join(foreign[:3])}); "
+                "name another directory"
+            )
+        for name in ("commits", "blobs", arrays.DELTAS):
+            files.make_directory(self.path / name)
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def allocate(self, tensors: Sequence[StoredTensor], rows: int, *, include_base: bool) -> None:
+        """Make the arrays that `rows` steps need, or give them more rows.
+
+        Costs nothing while the last group of steps has room.
+        """
+        allocated = arrays.allocated_rows(rows)
+        before = arrays.allocated_rows(len(self.store.steps)) if self.store else 0
+        if self.store is not None and allocated <= before:
+            return
+        if self.store is None:
+            self._write(self.path / "zarr.json", arrays.root_document())
+            self._write(self.path / arrays.DELTAS / "zarr.json", arrays.group_document())
+            if include_base:
+                self._make(self.path / arrays.BASE)
+                self._write(self.path / arrays.BASE / "zarr.json", arrays.group_document())
+        for tensor in tensors:
+            groups = [arrays.DELTAS] if tensor.kind == "tracked" else []
+            if include_base and self.store is None and tensor.kind != "tied":
+                groups.append(arrays.BASE)
+            for group in groups:
+                directory = self.path / group / arrays.array_name(tensor.name)
+                self._make(directory)
+                rows_here = allocated if group == arrays.DELTAS else 1
+                document = arrays.array_document(tensor, group, rows_here)
+                # Written aside and renamed: other zarr readers may have it open.
+                partial = directory / "zarr.json.partial"
+                files.write_file(partial, document)
+                files.rename(partial, directory / "zarr.json")
+                self._written.append(directory / "zarr.json")
+
+    def put_blob(self, data: bytes) -> str:
+        """Keep `data` once per content; return its name."""
+        name = hashlib.sha256(data).hexdigest()
+        path = blob_path(self.path, name)
+        # One left by a killed run may be torn, so its content is looked at, not its name.
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size == len(data) and path.read_bytes() == data:
+                return name
+        self._write(path, data)
+        return name
+
+    def put_weights_file(self, file: WeightsFile) -> FileEntry:
+        """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
+        parts: list[tuple[str, str]] = []
+        for part in file.parts:
+            if part.literal is not None:
+                parts.append(("blob", self.put_blob(part.literal)))
+            else:
+                assert part.tensor is not None
+                parts.append(("tensor", part.tensor))
+        recipe = json.dumps({"size": file.size, "parts": parts}, separators=(",", ":")).encode()
+        return FileEntry(file.relative_path, file.size, recipe=self.put_blob(recipe))
+
+    def put_side_file(self, relative_path: str, data: bytes) -> FileEntry:
+        """Keep a side file once per content."""
+        return FileEntry(relative_path, len(data), blob=self.put_blob(data))
+
+    def note_written(self, path: Path) -> None:
+        """Remember a file that others wrote (`write_frames`) for the next sync."""
+        self._written.append(path)
+
+    def commit(self, manifest: Manifest, commits: Sequence[Commit]) -> None:
+        """Make steps exist.
+
+        Parameters
+        ----------
+        manifest : Manifest
+            As committed, or the first one of a new store.
+        commits : sequence of Commit
+            In row order. Their field ``previous`` is set here, so give any.
+        """
+        head = self.store.head if self.store else None
+        if head is None:
+            data = encode_manifest(manifest)
+            manifest_name = record_name("manifest", data)
+            self._write(self.path / manifest_name.path, data)
+            head = Head(manifest_name, (), ())
+        names: list[RecordName] = list(head.commits)
+        for commit in commits:
+            previous = names[-1] if names else head.manifest
+            data = encode_commit(Commit(**{**commit.__dict__, "previous": previous.path}))
+            name = record_name(f"{commit.step:012d}", data)
+            self._write(self.path / name.path, data)
+            names.append(name)
+        files.sync_many(self.path, self._written)
+        self._written.clear()
+        steps = head.steps + tuple(commit.step for commit in commits)
+        self._replace_head(Head(head.manifest, steps, tuple(names)))
+
+    def drop_after(self, step: int) -> tuple[int, ...]:
+        """Take back all steps after `step`; return them. HEAD goes first, bytes after."""
+        assert self.store is not None
+        head = self.store.head
+        kept = sum(committed <= step for committed in head.steps)
+        dropped = head.steps[kept:]
+        if dropped:
+            self._replace_head(Head(head.manifest, head.steps[:kept], head.commits[:kept]))
+            self.sweep()
+        return dropped
+
+    def _replace_head(self, head: Head) -> None:
+        files.replace_file(self.path / HEAD_NAME, encode_head(head))
+        self.store = Store(self.path)
+
+    def _make(self, directory: Path) -> None:
+        files.make_directory(directory)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        files.write_file(path, data)
+        self._written.append(path)
+
+    # --- clearing -------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove what HEAD does not reach: tails of chunks, whole chunks, records, blobs.
+
+        Only names of the kinds a store makes are touched.
+        """
+        store = self.store
+        records, blobs, chunks = _reachable(store) if store else (set(), set(), {})
+        self._remove_unnamed("commits", records)
+        self._remove_unnamed("blobs", blobs)
+        for group in (arrays.DELTAS, arrays.BASE):
+            for path in sorted((self.path / group).glob("*/*")):
+                if path.name.endswith(".partial"):
+                    files.remove_file(path)
+                elif path.name.startswith("c."):
+                    size = chunks.get(path.relative_to(self.path).as_posix(), 0)
+                    if size == 0:
+                        files.remove_file(path)
+                    elif path.stat().st_size > size:
+                        files.truncate_file(path, size)
+        files.remove_file(self.path / (HEAD_NAME + ".partial"))
+        if store is not None:
+            self._rewrite_array_documents(store)
+
+    def _remove_unnamed(self, directory: str, named: set[str]) -> None:
+        for name in sorted(os.listdir(self.path / directory)):
+            if name not in named:
+                files.remove_file(self.path / directory / name)
+
+    def _rewrite_array_documents(self, store: Store) -> None:
+        # A killed run may have grown them, or left one torn; fast paths never read them.
+        rows = arrays.allocated_rows(len(store.steps))
+        for tensor in store.manifest.tensors:
+            if tensor.kind != "tracked":
+                continue
+            path = self.path / arrays.DELTAS / arrays.array_name(tensor.name) / "zarr.json"
+            document = arrays.array_document(tensor, arrays.DELTAS, rows)
+            if not path.exists() or path.read_bytes() != document:
+                files.replace_file(path, document)
+
+
+def _reachable(store: Store) -> tuple[set[str], set[str], dict[str, int]]:
+    """Return what HEAD reaches: names of records and of blobs, committed bytes of chunks."""
+    names = (store.head.manifest, *store.head.commits)
+    blobs = store.blobs_of(store.manifest.base_files)
+    for row in range(len(store.steps)):
+        blobs |= store.blobs_of(store.commit(row).files)
+    return {Path(name.path).name for name in names}, blobs, dict(_committed_chunks(store))
+
+
+def _committed_chunks(store: Store) -> Iterator[tuple[str, int]]:
+    groups = -(-len(store.steps) // STEP_GROUP)
+    for tensor in store.manifest.tensors:
+        for block in range(tensor.blocks):
+            base_bytes = int(store.manifest.base_frame_bytes[tensor.first_block + block])
+            if base_bytes:
+                yield arrays.chunk_key(arrays.BASE, tensor, 0, block), base_bytes
+            for chunk_row in range(groups):
+                size = store.committed_bytes(tensor, block, chunk_row)
+                if size:
+                    yield arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block), size
