@@ -1,0 +1,247 @@
+"""The dask graphs: block tasks, their sums in a fixed order, and what is done with each sum.
+
+The only module that imports dask. A stage is a list of groups (one per tensor, usually); a group
+is a list of tasks whose results are combined by a tree of fan-in 8, so that few partial results
+are alive at a time, and in an order that the graph fixes, so that results do not depend on how
+many workers there are or which is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+import dask.threaded
+from dask.callbacks import Callback
+from threadpoolctl import threadpool_limits
+
+from relex_stream.specs import Progress
+
+if TYPE_CHECKING:
+    import dask.array
+
+    DaskArray: TypeAlias = dask.array.Array
+
+FAN_IN = 8
+"""Results combined at a time: 13 to 16 of them are alive out of 2,000."""
+
+MAX_TASKS = 512
+"""Tasks per group. ``dask.order`` takes time quadratic in the tasks of a connected component."""
+
+Task = TypeVar("Task")
+Partial = TypeVar("Partial")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Group(Generic[Task]):
+    """Tasks whose results belong together, with the bytes each handles (for progress)."""
+
+    key: Hashable
+    tasks: tuple[Task, ...]
+    task_bytes: tuple[int, ...]
+
+
+def grouped(
+    items: Iterable[tuple[Hashable, Sequence[Task], Callable[[Task], int]]],
+) -> list[Group[tuple[Task, ...]]]:
+    """Bundle each group's items into at most `MAX_TASKS` runs of neighbours.
+
+    Parameters
+    ----------
+    items : iterable of (key, items, bytes of an item)
+
+    Returns
+    -------
+    list of Group
+        Every task is a tuple of items, worked on one after the other.
+    """
+    groups = []
+    for key, members, bytes_of in items:
+        run = max(1, -(-len(members) // MAX_TASKS))
+        tasks = tuple(tuple(members[i : i + run]) for i in range(0, len(members), run))
+        sizes = tuple(sum(bytes_of(member) for member in task) for task in tasks)
+        groups.append(Group(key, tasks, sizes))
+    return groups
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Return a context in which BLAS uses one thread.
+
+    Our products are small: BLAS threads beside the workers only fight with them, and their number
+    would show in the last bits of the sums.
+    """
+    limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
+
+
+class _Call:
+    """A function and its first argument, opaque to dask (which looks into tuples and lists)."""
+
+    def __init__(self, function: Callable[..., Any], argument: Any) -> None:
+        self._function = function
+        self._argument = argument
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._function(self._argument, *inputs)
+
+
+def run_groups(
+    groups: Sequence[Group[Task]],
+    work: Callable[[Task], Partial],
+    combine: Callable[[list[Partial]], Partial],
+    finish: Callable[[Hashable, Partial], Result],
+    *,
+    workers: int,
+    stage: str,
+    progress: Progress,
+) -> dict[Hashable, Result]:
+    """Run a stage on threads of this process.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        Groups without tasks are left out of the result.
+    work : callable
+        Called with each task, on a worker thread.
+    combine : callable
+        Combines partial results that stand next to each other in the group's order.
+    finish : callable
+        Called with a group's key and combined result.
+    workers : int
+        Threads; never more tasks than this run at a time.
+    stage : str
+        Name of the stage for `progress`.
+
+    Returns
+    -------
+    dict
+        What `finish` returned, by the groups' keys.
+    """
+    graph, outputs, sizes = build_graph(groups, work, combine, finish)
+    progress.start(stage, sum(sizes.values()))
+
+    def report(key: Any, *_: Any) -> None:
+        size = sizes.get(key)
+        if size is not None:
+            progress.advance(size)
+
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="relex") as pool,
+        Callback(posttask=report),
+        one_blas_thread(),
+    ):
+        results = dask.threaded.get(graph, list(outputs.values()), pool=pool, num_workers=workers)
+    progress.finish()
+    return dict(zip(outputs, results, strict=True))
+
+
+def build_graph(
+    groups: Sequence[Group[Task]],
+    work: Callable[[Task], Partial],
+    combine: Callable[[list[Partial]], Partial],
+    finish: Callable[[Hashable, Partial], Result],
+) -> tuple[dict[Any, Any], dict[Hashable, Any], dict[Any, int]]:
+    """Return a dask graph, the graph's key of each group's result, and each task's bytes."""
+    graph: dict[Any, Any] = {}
+    outputs: dict[Hashable, Any] = {}
+    sizes: dict[Any, int] = {}
+    for number, group in enumerate(groups):
+        level = []
+        for place, (task, size) in enumerate(zip(group.tasks, group.task_bytes, strict=True)):
+            key = ("block", number, place)
+            graph[key] = (_Call(work, task),)
+            sizes[key] = size
+            level.append(key)
+        depth = 0
+        while len(level) > 1:
+            depth += 1
+            above = []
+            for place, start in enumerate(range(0, len(level), FAN_IN)):
+                key = (f"sum-{depth}", number, place)
+                graph[key] = (_Call(_combine_all, combine), *level[start : start + FAN_IN])
+                above.append(key)
+            level = above
+        if level:
+            key = ("finish", number, 0)
+            graph[key] = (_Call(finish, group.key), level[0])
+            outputs[group.key] = key
+    return graph, outputs, sizes
+
+
+def _combine_all(combine: Callable[[list[Any]], Any], *partials: Any) -> Any:
+    return combine(list(partials))
+
+
+def run_in_order(
+    groups: Sequence[Group[Task]],
+    work: Callable[[Task], Partial],
+    combine: Callable[[list[Partial]], Partial],
+    finish: Callable[[Hashable, Partial], Result],
+) -> dict[Hashable, Result]:
+    """Run a stage as a plain loop with the same tree of sums: the reference for `run_groups`."""
+    results: dict[Hashable, Result] = {}
+    for group in groups:
+        level = [work(task) for task in group.tasks]
+        while len(level) > 1:
+            level = [combine(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
+        if level:
+            results[group.key] = finish(group.key, level[0])
+    return results
+
+
+class _ChunkCall:
+    """One chunk of a lazy array: a function and the ranges it is called with."""
+
+    def __init__(self, function: Callable[..., Any], *ranges: tuple[int, int]) -> None:
+        self._function = function
+        self._ranges = ranges
+
+    def __call__(self) -> Any:
+        return self._function(*self._ranges)
+
+
+def lazy_array(
+    function: Callable[[tuple[int, int], tuple[int, int]], Any],
+    *,
+    token: str,
+    shape: tuple[int, ...],
+    chunk: tuple[int, int],
+    dtype: Any,
+) -> DaskArray:
+    """Return a dask array cut along its first two axes.
+
+    Parameters
+    ----------
+    function : callable
+        Called with the ranges of the first and the second axis; returns that chunk.
+    token : str
+        Equal for equal content.
+    shape : tuple of int
+        At least two axes.
+    chunk : tuple of int
+        Lengths of a chunk along the first two axes.
+    """
+    import dask.array
+    from dask.base import tokenize
+
+    name = "relex-" + tokenize(token, shape, chunk)
+    cuts = [
+        [(low, min(low + size, length)) for low in range(0, length, size)] or [(0, 0)]
+        for length, size in zip(shape, chunk, strict=False)
+    ]
+    rest = (0,) * (len(shape) - 2)
+    graph: dict[Any, Any] = {
+        (name, i, j, *rest): (_ChunkCall(function, rows, slab),)
+        for i, rows in enumerate(cuts[0])
+        for j, slab in enumerate(cuts[1])
+    }
+    chunks = (
+        tuple(high - low for low, high in cuts[0]),
+        tuple(high - low for low, high in cuts[1]),
+        *((length,) for length in shape[2:]),
+    )
+    return dask.array.Array(graph, name, chunks, dtype=dtype)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
+
+from relex_stream.graph import (
+    FAN_IN,
+    MAX_TASKS,
+    Group,
+    build_graph,
+    grouped,
+    run_groups,
+    run_in_order,
+)
+from relex_stream.specs import NoProgress
+
+
+class Recorder:
+    """A `Progress` that keeps what it is told, and from which thread."""
+
+    def __init__(self):
+        self.events = []
+        self.threads = set()
+
+    def _note(self, *event):
+        self.events.append(event)
+        self.threads.add(threading.get_ident())
+
+    def start(self, stage, total_bytes):
+        self._note("start", stage, total_bytes)
+
+    def advance(self, done_bytes):
+        self._note("advance", done_bytes)
+
+    def finish(self):
+        self._note("finish")
+
+
+def groups_of(sizes):
+    """Groups of numbered tasks; sums of floats that show every change of their order."""
+    return [
+        Group(f"tensor {g}", tuple((g, i) for i in range(size)), tuple(range(1, size + 1)))
+        for g, size in enumerate(sizes)
+    ]
+
+
+def value_of(task):
+    group, place = task
+    return np.random.default_rng([group, place]).standard_normal(3) * 10.0 ** (place % 17 - 8)
+
+
+def add(partials):
+    total = np.zeros(3)
+    for partial in partials:
+        total = total + partial
+    return total
+
+
+def keep(key, total):
+    return key, total
+
+
+def assert_same_results(found, expected):
+    assert list(found) == list(expected)
+    for key, (name, total) in expected.items():
+        assert found[key][0] == name == key
+        assert found[key][1].tobytes() == total.tobytes()
+
+
+def run(groups, work=value_of, combine=add, finish=keep, *, workers=2, progress=None):
+    return run_groups(
+        groups,
+        work,
+        combine,
+        finish,
+        workers=workers,
+        stage="test",
+        progress=progress or NoProgress(),
+    )
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_threads_give_the_bits_of_the_plain_loop_whoever_is_faster(workers):
+    groups = groups_of([1, 5, 70, 8, 9, 64, 65])
+    expected = run_in_order(groups, value_of, add, keep)
+
+    for seed in range(3):
+
+        def delayed(task, seed=seed):
+            time.sleep(np.random.default_rng([seed, *task]).random() * 0.003)
+            return value_of(task)
+
+        assert_same_results(run(groups, delayed, workers=workers), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(0, 80), max_size=6), workers=st.sampled_from([1, 2, 4]))
+def test_threads_give_the_bits_of_the_plain_loop_for_any_groups(sizes, workers):
+    groups = groups_of(sizes)
+    expected = run_in_order(groups, value_of, add, keep)
+    assert list(expected) == [f"tensor {g}" for g, size in enumerate(sizes) if size]
+    assert_same_results(run(groups, workers=workers), expected)
+
+
+def test_the_plain_loop_adds_in_another_order_than_one_sum():
+    # Else the comparisons above would say nothing about the order.
+    groups = groups_of([70])
+    tree = run_in_order(groups, value_of, add, keep)["tensor 0"][1]
+    flat = add([value_of(task) for task in groups[0].tasks])
+    assert tree.tobytes() != flat.tobytes()
+    np.testing.assert_allclose(tree, flat)
+
+
+@pytest.mark.parametrize("runner", [run, run_in_order])
+def test_the_tree_of_sums_is_fixed(runner):
+    def nest(partials):
+        return tuple(partials)
+
+    letters = "abcdefghijklmnopqrs"
+    groups = [Group("g", tuple(letters), (1,) * 19)]
+    found = runner(groups, lambda letter: letter, nest, lambda _, tree: tree)["g"]
+    assert found == (tuple("abcdefgh"), tuple("ijklmnop"), tuple("qrs"))
+    assert FAN_IN == 8
+
+
+def test_a_single_task_is_not_combined():
+    def refuse(partials):
+        raise AssertionError(partials)
+
+    assert run([Group("g", (7,), (1,))], lambda x: x, refuse, lambda k, x: (k, x)) == {
+        "g": ("g", 7)
+    }
+
+
+def test_tasks_partials_and_keys_of_any_kind_pass_through():
+    # dask looks into tuples and lists, and takes tuples with a callable for tasks, and strings
+    # and tuples that are keys for other tasks' results.
+    tasks = ((sum, [1, 2]), ("block", 0, 0), [("block", 0, 1)], {"finish": ("finish", 0, 0)}, None)
+    groups = [Group(("finish", 0, 0), tasks, (1,) * 5), Group(3, tasks[:1], (1,))]
+    found = run(groups, lambda task: [task], lambda parts: list(chain(*parts)), lambda k, x: (k, x))
+    assert found == {("finish", 0, 0): (("finish", 0, 0), list(tasks)), 3: (3, [tasks[0]])}
+
+
+def test_no_groups():
+    progress = Recorder()
+    assert run([], progress=progress) == {}
+    assert run([Group("empty", (), ())]) == {}
+    assert progress.events == [("start", "test", 0), ("finish",)]
+
+
+# --- how it runs -------------------------------------------------------------------------------
+
+
+def test_building_a_graph_computes_nothing():
+    def refuse(*_):
+        raise AssertionError("computed while building")
+
+    graph, outputs, sizes = build_graph(groups_of([20, 0, 3]), refuse, refuse, refuse)
+    assert Counter(key[0] for key in graph) == {"block": 23, "sum-1": 4, "sum-2": 1, "finish": 2}
+    assert list(outputs) == ["tensor 0", "tensor 2"]
+    assert sum(sizes.values()) == 20 * 21 // 2 + 3 * 4 // 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_no_more_tasks_run_at_a_time_than_there_are_workers(workers):
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work(task):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+        return np.zeros(3)
+
+    run(groups_of([10, 10, 10]), work, workers=workers)
+    assert most == workers
+
+
+def test_few_partial_results_are_alive_at_a_time():
+    alive, most, lock = 0, 0, threading.Lock()
+
+    class Partial:
+        def __init__(self):
+            nonlocal alive, most
+            with lock:
+                alive += 1
+                most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            with lock:
+                alive -= 1
+
+    run(groups_of([MAX_TASKS]), lambda _: Partial(), lambda _: Partial(), lambda *_: None)
+    assert most <= 3 * FAN_IN + 4
+
+
+def test_blas_runs_on_one_thread_inside_and_as_before_outside():
+    def blas_threads(_=None):
+        return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"]
+
+    before = blas_threads()
+    inside = run([Group("g", (1,), (1,))], blas_threads, None, lambda _, threads: threads)["g"]
+    assert set(inside) == {1}
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("place", ["work", "combine", "finish"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_errors_come_through_as_they_were_raised(place, workers):
+    class OddError(Exception):
+        pass
+
+    error = OddError("tensor 1", 5)
+
+    def fail_at(name, function):
+        def wrapped(*arguments):
+            if name == place:
+                raise error
+            return function(*arguments)
+
+        return wrapped
+
+    progress = Recorder()
+    with pytest.raises(OddError) as caught:
+        run(
+            groups_of([20, 20]),
+            fail_at("work", value_of),
+            fail_at("combine", add),
+            fail_at("finish", keep),
+            workers=workers,
+            progress=progress,
+        )
+    assert caught.value is error
+    # A stage that broke off must not be reported as done.
+    assert ("finish",) not in progress.events
+
+
+def test_after_an_error_no_thread_goes_on():
+    def work(task):
+        if task == (0, 0):
+            raise ValueError("first")
+        time.sleep(0.001)
+        return np.zeros(3)
+
+    with pytest.raises(ValueError, match="first"):
+        run(groups_of([200]), work, workers=4)
+    assert not [t for t in threading.enumerate() if t.name.startswith("relex")]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_progress_hears_of_all_bytes_from_the_calling_thread(workers):
+    progress = Recorder()
+    groups = groups_of([30, 1, 9])
+    run(groups, workers=workers, progress=progress)
+    advances = [event[1] for event in progress.events if event[0] == "advance"]
+    every = [size for group in groups for size in group.task_bytes]
+    assert progress.events[0] == ("start", "test", sum(every))
+    assert Counter(advances) == Counter(every)
+    assert progress.events[-1] == ("finish",)
+    assert len(progress.events) == 2 + len(every)
+    assert progress.threads == {threading.get_ident()}
+
+
+# --- bundles -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "tasks", "run_length"),
+    [
+        (0, 0, 0),
+        (1, 1, 1),
+        (MAX_TASKS, MAX_TASKS, 1),
+        (MAX_TASKS + 1, MAX_TASKS // 2 + 1, 2),
+        (2 * MAX_TASKS, MAX_TASKS, 2),
+        (2 * MAX_TASKS + 1, 342, 3),
+    ],
+)
+def test_large_groups_are_bundled_into_runs_of_neighbours(members, tasks, run_length):
+    (group,) = grouped([("key", range(members), lambda member: member + 1)])
+    assert group.key == "key"
+    assert len(group.tasks) == len(group.task_bytes) == tasks <= MAX_TASKS
+    assert [member for task in group.tasks for member in task] == list(range(members))
+    assert all(len(task) == run_length for task in group.tasks[:-1])
+    assert group.task_bytes == tuple(sum(m + 1 for m in task) for task in group.tasks)
+
+
+def test_groups_keep_their_order_and_their_own_sizes():
+    groups = grouped([("b", [1, 2], lambda m: m), ("a", [3], lambda m: 10 * m)])
+    assert groups == [Group("b", ((1,), (2,)), (1, 2)), Group("a", ((3,),), (30,))]
