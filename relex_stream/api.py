@@ -1,0 +1,362 @@
+"""What Python callers and the commands use; everything else is inside.
+
+All functions take paths as ``str`` or ``Path`` and raise `RelexStreamError` for what the user can
+mend. Sizes are bytes. `progress` is any object with the methods of `specs.Progress`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relex_stream import build as _build
+from relex_stream import exporting as _exporting
+from relex_stream import extrapolation as _extrapolation
+from relex_stream import verification as _verification
+from relex_stream.opened import OpenStore
+from relex_stream.specs import Progress
+from relex_stream.store import Store, StoreWriter
+from relex_stream.store.records import FORMAT_VERSION
+from relex_stream.summaries import (
+    BuildSummary,
+    DropSummary,
+    ExportSummary,
+    ExtrapolateSummary,
+    StepInfo,
+    StoreInfo,
+    VerifySummary,
+)
+
+AnyPath = str | os.PathLike[str]
+
+__all__ = [
+    "OpenStore",
+    "build_store",
+    "drop",
+    "export",
+    "extrapolate",
+    "info",
+    "open_store",
+    "verify",
+]
+
+
+def build_store(
+    base: AnyPath,
+    checkpoints: AnyPath,
+    store: AnyPath,
+    *,
+    pattern: str | None = None,
+    steps: str | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    include_base: bool = False,
+    allow_nonfinite: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Build a lossless delta store from checkpoints, or append new ones to it.
+
+    Parameters
+    ----------
+    base : path
+        Hugging Face model directory the run began from.
+    checkpoints : path
+        Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` or ``iter_N/``.
+    store : path
+        The store, made if it is not there. Steps in it already are skipped.
+    pattern : str, optional
+        Other names of checkpoint directories, with ``{step}`` for the number.
+    steps : str, optional
+        ``"1:75"`` (75 included), ``"1:75:5"``, ``"1,5,10"`` or one number; default all.
+    memory_limit : int, optional
+        Bytes this process may hold; default 768 MiB or what is free.
+    workers : int, optional
+        Threads; default one per core, fewer if they do not fit in the memory limit.
+    include_base : bool
+        Keep the base's weights in the store too.
+    allow_nonfinite : bool
+        Store values that are not finite where the base's are, instead of refusing them. Such
+        values count as 0 in every statistic.
+    seed : int
+        Seed of the sketches (new stores only).
+
+    Returns
+    -------
+    BuildSummary
+
+    Raises
+    ------
+    SourceError, TrajectoryError
+        If base or checkpoints cannot be used or do not belong together.
+    StoreError
+        If the store is locked, damaged or not a store.
+    MemoryLimitError, OptionError
+        If the arguments cannot be met. Whatever was committed before an error stays committed.
+    """
+    return _build.build(
+        Path(base),
+        Path(checkpoints),
+        Path(store),
+        pattern=pattern,
+        steps=steps,
+        memory_limit=memory_limit,
+        workers=workers,
+        include_base=include_base,
+        allow_nonfinite=allow_nonfinite,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def open_store(path: AnyPath, *, base: AnyPath | None = None) -> OpenStore:
+    """Open a store for reading.
+
+    Parameters
+    ----------
+    path : path
+    base : path, optional
+        The base's directory, when it is neither in the store nor where it was.
+
+    Raises
+    ------
+    StoreError
+        If there is no store of a known format.
+    """
+    return OpenStore(Path(path), None if base is None else Path(base))
+
+
+def extrapolate(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    target_steps: Sequence[int],
+    history_steps: int | None = None,
+    rank: int = 1,
+    svd: str = "randomized",
+    power_iterations: int = 1,
+    fit: str = "linear",
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ExtrapolateSummary:
+    """Write the models that a rank-r line through the stored checkpoints predicts (RELEX).
+
+    Parameters
+    ----------
+    store : path
+    out : path
+        One target: the model directory itself. Several: a directory of ``step_N`` directories.
+        Appears only when complete.
+    target_steps : sequence of int
+    history_steps : int, optional
+        Use checkpoints up to this step; default all.
+    rank : int
+        Components of the subspace per tensor.
+    svd : str
+        ``"randomized"`` or ``"exact"``.
+    power_iterations : int
+        Passes over the store for the randomized route.
+    fit : str
+        ``"linear"``, over the real step numbers.
+    base : path, optional
+        The base's directory, when it has moved.
+    memory_limit, workers
+        As in `build_store`.
+    overwrite : bool
+        Replace an output that relex-stream wrote.
+    dry_run : bool
+        Only plan.
+
+    Returns
+    -------
+    ExtrapolateSummary
+
+    Raises
+    ------
+    SourceError
+        If the base is missing or not the one the store was built over.
+    CorruptionError
+        If bytes of the store do not match their checksums.
+    FitError, OptionError, MemoryLimitError, OutputError
+        If the arguments cannot be met; the output is then absent or as it was.
+    """
+    return _extrapolation.extrapolate_steps(
+        Path(store),
+        Path(out),
+        target_steps=target_steps,
+        history_steps=history_steps,
+        rank=rank,
+        svd=svd,
+        power_iterations=power_iterations,
+        fit=fit,
+        base=None if base is None else Path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def export(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    step: int,
+    base: AnyPath | None = None,
+    overwrite: bool = False,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write a stored checkpoint as it was: every ingested file, byte for byte.
+
+    Parameters
+    ----------
+    store, out : path
+    step : int
+        A committed step, or 0 for the base.
+    base : path, optional
+        The base's directory, when it has moved.
+    overwrite : bool
+        Replace a directory that holds nothing but files of these names.
+    memory_limit, workers
+        As in `build_store`.
+
+    Returns
+    -------
+    ExportSummary
+        With the SHA-256 of each file. The CRC-32C taken at ingest is checked block by block.
+
+    Raises
+    ------
+    CorruptionError, SourceError, OptionError, OutputError
+        As in `extrapolate`; nothing is written then.
+    """
+    return _exporting.export_step(
+        Path(store),
+        Path(out),
+        step=step,
+        base=None if base is None else Path(base),
+        overwrite=overwrite,
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def info(store: AnyPath) -> StoreInfo:
+    """Say what a store holds.
+
+    Raises
+    ------
+    StoreError
+        If there is no store of a known format, or its records are damaged.
+    """
+    opened = Store(Path(store))
+    manifest = opened.manifest
+    tracked = [tensor for tensor in manifest.tensors if tensor.kind == "tracked"]
+    weights = sum(tensor.elements for tensor in tracked)
+    steps = []
+    for row, step in enumerate(opened.steps):
+        commit = opened.commit(row)
+        changed = int(commit.changed.sum(dtype=np.int64))
+        steps.append(
+            StepInfo(
+                step=step,
+                changed_weights=changed,
+                changed_share=changed / weights if weights else 0.0,
+                frame_bytes=int(commit.frame_bytes.sum(dtype=np.int64)),
+                record_bytes=opened.record_path(opened.head.commits[row]).stat().st_size,
+                source_bytes=commit.source_bytes,
+            )
+        )
+    dtypes: dict[str, tuple[int, int]] = {}
+    for tensor in tracked:
+        count, size = dtypes.get(tensor.dtype.code, (0, 0))
+        dtypes[tensor.dtype.code] = (count + 1, size + tensor.elements)
+    bytes_in = sum(step.source_bytes for step in steps)
+    stored = sum(step.frame_bytes + step.record_bytes for step in steps)
+    changed_total = sum(step.changed_weights for step in steps)
+    return StoreInfo(
+        store=str(store),
+        format_version=FORMAT_VERSION,
+        steps=tuple(steps),
+        tensors=len(manifest.tensors),
+        weights=weights,
+        dtypes=dtypes,
+        constant_tensors=sum(tensor.kind == "constant" for tensor in manifest.tensors),
+        seed=manifest.seed,
+        base=manifest.base_hint,
+        base_included=manifest.base_included,
+        bytes_in=bytes_in,
+        store_bytes=opened.stored_bytes(),
+        base_bytes_stored=int(manifest.base_frame_bytes.sum(dtype=np.int64)),
+        ratio=bytes_in / stored if stored else 0.0,
+        bits_per_changed_weight=(
+            8 * sum(step.frame_bytes for step in steps) / changed_total if changed_total else 0.0
+        ),
+    )
+
+
+def verify(
+    store: AnyPath,
+    *,
+    base: AnyPath | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> VerifySummary:
+    """Check every checksum of a store.
+
+    Parameters
+    ----------
+    store : path
+    base : path, optional
+        Also check that this directory holds the base the store was built over.
+    workers
+        As in `build_store`.
+
+    Returns
+    -------
+    VerifySummary
+        ``problems`` names each damaged record, blob or frame (tensor, step, block).
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or HEAD or the manifest is damaged.
+    """
+    return _verification.verify_store(
+        Path(store),
+        base=None if base is None else Path(base),
+        workers=workers,
+        progress=progress,
+    )
+
+
+def drop(store: AnyPath, *, after: int) -> DropSummary:
+    """Take back the steps after `after`.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or another process writes to it.
+    """
+    Store(Path(store))  # refuses what is not a store before anything is made there
+    with StoreWriter(Path(store)) as writer:
+        assert writer.store is not None
+        before = writer.store.stored_bytes()
+        dropped = writer.drop_after(after)
+        return DropSummary(
+            store=str(store),
+            steps_dropped=dropped,
+            steps_left=writer.store.steps,
+            bytes_freed=before - writer.store.stored_bytes(),
+        )

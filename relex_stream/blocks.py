@@ -1,0 +1,396 @@
+"""One block of one tensor, across all its steps: what every stage of the pipeline works on.
+
+A block starts from the base's bits and takes each step's frame in turn. `BlockReader` gives the
+bits at any step, or the changes in weight units as rows of the sparse matrix D, in buffers that a
+worker keeps from block to block: a fresh page of memory costs more than the work on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from relex_stream import planner
+from relex_stream.codec import Changes, FrameCodec
+from relex_stream.errors import CorruptionError, SourceError
+from relex_stream.sketch import ChangeRows
+from relex_stream.sources import CheckpointReader, open_checkpoint
+from relex_stream.specs import STEP_GROUP, SourceCheckpoint, TensorPlace
+from relex_stream.store import Store
+from relex_stream.store.records import StoredTensor
+from relex_stream.ulp import FORMATS, Bits, FloatFormat, advance, advance_with_values, widen
+
+DEFAULT_ENTRY_CAPACITY = 2 << 20
+"""Changes of one block that a worker keeps between two sweeps; more are decoded again."""
+
+
+class Workspace:
+    """Named buffers that grow to the largest size asked for and are used again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, name: str, shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Return an uninitialised array in the buffer called `name`."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            # Whole 64-bit words, so that blocks can be compared as such.
+            self._buffers.pop(name, None)
+            buffer = self._buffers[name] = np.empty(-(-size // 8) * 8, np.uint8)
+        array: NDArray[Any] = buffer[:size].view(dtype).reshape(shape)
+        return array
+
+
+@dataclass(frozen=True)
+class BlockOf:
+    """A block: a tensor and the number of the block in it."""
+
+    tensor: StoredTensor
+    block: int
+
+    @property
+    def start(self) -> int:
+        """First element."""
+        return self.tensor.block_range(self.block)[0]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        start, stop = self.tensor.block_range(self.block)
+        return stop - start
+
+    @property
+    def column(self) -> int:
+        """Column in the per-block tables of records."""
+        return self.tensor.first_block + self.block
+
+    @property
+    def format(self) -> FloatFormat:
+        """Float format of the checkpoints' weights (tracked tensors only)."""
+        return FORMATS[self.tensor.dtype.code]
+
+    @property
+    def base_format(self) -> FloatFormat:
+        """Float format of the base's weights (tracked tensors only)."""
+        return FORMATS[self.tensor.base_dtype.code]
+
+
+def base_bits_dtype(tensor: StoredTensor) -> np.dtype[Any]:
+    """Return the unsigned integer dtype of a tensor's stored elements in the base."""
+    return np.dtype(f"u{tensor.base_itemsize}")
+
+
+def model_shape(tensors: Sequence[StoredTensor], sketch_width: int) -> planner.ModelShape:
+    """Return what the planner needs to know of a store's tensors."""
+    kept = [tensor for tensor in tensors if tensor.blocks]
+    largest = max((min(t.elements, t.block_elements) for t in kept), default=1)
+    widest = max(
+        (min(t.elements, t.block_elements) * max(t.itemsize, t.base_itemsize) for t in kept),
+        default=8,
+    )
+    return planner.ModelShape(
+        tensors=len(tensors),
+        sketched=sum(tensor.sketch_row >= 0 for tensor in tensors),
+        blocks=sum(tensor.blocks for tensor in tensors),
+        largest_block=largest,
+        largest_block_bytes=widest,
+        sketch_width=sketch_width,
+    )
+
+
+class BaseWeights:
+    """The base's weights, from its directory or from the store, checked as they are read.
+
+    Parameters
+    ----------
+    expected_crc : ndarray of uint32 or None
+        CRC-32C per block; None while a new store is being built.
+    places : mapping of name to TensorPlace, or None
+        Where the tensors are; None to read the frames in `store`.
+    where : str
+        The base's directory, for messages.
+    """
+
+    def __init__(
+        self,
+        *,
+        expected_crc: NDArray[np.uint32] | None,
+        places: Mapping[str, TensorPlace] | None,
+        reader: CheckpointReader | None = None,
+        store: Store | None = None,
+        where: str,
+    ) -> None:
+        self._expected_crc = expected_crc
+        self._places = places
+        self._reader = reader
+        self._store = store
+        self.where = where
+
+    def read(self, at: BlockOf, workspace: Workspace) -> tuple[Bits, int]:
+        """Return the base's bit patterns of a block (in a buffer of `workspace`) and their CRC.
+
+        Raises
+        ------
+        SourceError
+            If the base's files are not the ones the store was built over.
+        CorruptionError
+            If an included base is damaged.
+        """
+        out = workspace.array("base", at.elements, base_bits_dtype(at.tensor))
+        raw = out.view(np.uint8)
+        if self._places is not None:
+            assert self._reader is not None
+            place = self._places[at.tensor.name]
+            offset = place.offset + at.start * at.tensor.base_itemsize
+            self._reader.read(place.path, offset, raw)
+        else:
+            assert self._store is not None
+            self._decode_included(at, out, workspace)
+        crc: int = google_crc32c.value(raw)
+        if self._expected_crc is not None and crc != int(self._expected_crc[at.column]):
+            if self._places is None:
+                raise CorruptionError(
+                    f"the base weights in {self.where} do not match their checksum: "
+                    f"tensor {at.tensor.name}, block {at.block}"
+                )
+            raise SourceError(
+                f"the base has changed: tensor {at.tensor.name} in "
+                f"{self._places[at.tensor.name].path} is not what the store was "
+                "built over; give the original with --base"
+            )
+        return out, crc
+
+    def holds(self, name: str) -> bool:
+        """Say whether the base's directory has a tensor of this name."""
+        return self._places is not None and name in self._places
+
+    def read_raw_crc(self, name: str, at: BlockOf, workspace: Workspace) -> int:
+        """Return the CRC-32C of the block's range in another tensor of the same shape and dtype."""
+        assert self._places is not None
+        assert self._reader is not None
+        raw = workspace.array("tied", at.elements * at.tensor.base_itemsize, np.uint8)
+        place = self._places[name]
+        self._reader.read(place.path, place.offset + at.start * at.tensor.base_itemsize, raw)
+        crc: int = google_crc32c.value(raw)
+        return crc
+
+    def _decode_included(self, at: BlockOf, out: Bits, workspace: Workspace) -> None:
+        assert self._store is not None
+        out[:] = 0
+        frame = self._store.read_base_frame(at.tensor, at.block)
+        if frame is None:
+            return
+        codec, changes = frame_tools(workspace, at.tensor.block_elements, out.itemsize)
+        try:
+            codec.decode(frame, at.elements, changes)
+        except CorruptionError as error:
+            raise CorruptionError(
+                f"{self.where}: base weights of tensor {at.tensor.name}, block {at.block}: {error}"
+            ) from error
+        advance(out, changes.positions, changes.zigzags, changes.count)
+
+
+def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> BaseWeights:
+    """Return the base of a store: at `base` if given, else in the store, else where it was.
+
+    Raises
+    ------
+    SourceError
+        If it is not there, or is another model.
+    """
+    manifest = store.manifest
+    if base is None and manifest.base_included:
+        return BaseWeights(
+            expected_crc=manifest.base_crc, places=None, store=store, where=str(store.path)
+        )
+    directory = (
+        base if base is not None else Path(os.path.normpath(store.path / manifest.base_hint))
+    )
+    if not directory.is_dir():
+        origin = (
+            "given with --base" if base is not None else "where it was when the store was built"
+        )
+        raise SourceError(f"no base at {directory} ({origin}); give its directory with --base")
+    checkpoint = open_checkpoint(directory, 0)
+    check_base_layout(store, checkpoint)
+    return BaseWeights(
+        expected_crc=manifest.base_crc,
+        places=checkpoint.tensors,
+        reader=reader,
+        where=str(directory),
+    )
+
+
+def check_base_layout(store: Store, checkpoint: SourceCheckpoint) -> None:
+    """Check that a directory has the tensors the store's base had.
+
+    Raises
+    ------
+    SourceError
+        Naming the first tensor that is missing or different.
+    """
+    for tensor in store.manifest.tensors:
+        if tensor.kind == "tied":
+            continue
+        place = checkpoint.tensors.get(tensor.name)
+        if place is None:
+            raise SourceError(
+                f"{checkpoint.directory} is not the base of {store.path}: it has no tensor "
+                f"{tensor.name}; give the original with --base"
+            )
+        if place.spec.shape != tensor.shape or place.spec.dtype != tensor.base_dtype:
+            raise SourceError(
+                f"{checkpoint.directory} is not the base of {store.path}: tensor {tensor.name} is "
+                f"{place.spec.dtype.code} {list(place.spec.shape)}, the store was built over "
+                f"{tensor.base_dtype.code} {list(tensor.shape)}; give the original with --base"
+            )
+
+
+def frame_tools(workspace: Workspace, elements: int, itemsize: int) -> tuple[FrameCodec, Changes]:
+    """Return this workspace's codec and changes for blocks of up to `elements`."""
+    kept: dict[int, tuple[FrameCodec, Changes]] = workspace.__dict__.setdefault("_frame_tools", {})
+    tools = kept.get(itemsize)
+    if tools is None or tools[0].elements < elements:
+        tools = kept[itemsize] = (FrameCodec(elements, itemsize), Changes(elements, itemsize))
+    return tools
+
+
+class BlockReader:
+    """Reads one block of a store across its rows.
+
+    Parameters
+    ----------
+    store : Store
+    base : BaseWeights
+    workspace : Workspace
+        This worker's buffers; what is returned lies in them until the next block.
+    entry_capacity : int
+        Changes held at a time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        base: BaseWeights,
+        workspace: Workspace,
+        entry_capacity: int = DEFAULT_ENTRY_CAPACITY,
+    ) -> None:
+        self.store = store
+        self.base = base
+        self.workspace = workspace
+        self.entry_capacity = entry_capacity
+
+    def base_bits(self, at: BlockOf) -> Bits:
+        """Return the base's bit patterns in the base's dtype."""
+        return self.base.read(at, self.workspace)[0]
+
+    def start_state(self, at: BlockOf, base_bits: Bits) -> Bits:
+        """Return a copy of the base's patterns in the dtype of the checkpoints."""
+        state = self.workspace.array("state", at.elements, at.format.bits_dtype)
+        widen(base_bits, at.base_format, at.format, state)
+        return state
+
+    def bits_at(self, at: BlockOf, base_bits: Bits, rows: int) -> Bits:
+        """Return the block's exact bit patterns after `rows` steps, in the checkpoints' dtype."""
+        state = self.start_state(at, base_bits)
+        for _, changes in self.decoded(at, 0, rows):
+            advance(state, changes.positions, changes.zigzags, changes.count)
+        return state
+
+    def entries(self, at: BlockOf, rows: int) -> int:
+        """Return how many changes the block has in its first `rows` rows."""
+        return int(self.store.changed[:rows, at.column].sum(dtype=np.int64))
+
+    def change_rows(self, at: BlockOf, base_bits: Bits, rows: int) -> BlockChanges:
+        """Return the block's rows of D for the first `rows` steps."""
+        return BlockChanges(self, at, base_bits, rows)
+
+    def decoded(self, at: BlockOf, first: int, stop: int) -> Iterator[tuple[int, Changes]]:
+        """Yield rows and their changes (in one buffer); a group of steps is read at a time."""
+        codec, changes = frame_tools(self.workspace, at.tensor.block_elements, at.tensor.itemsize)
+        for low in range(first - first % STEP_GROUP, stop, STEP_GROUP):
+            high = min(stop, low + STEP_GROUP)
+            for row, frame in self.store.read_frames(at.tensor, at.block, max(low, first), high):
+                try:
+                    found = codec.decode(frame, at.elements, changes)
+                    if found != row % STEP_GROUP:
+                        raise CorruptionError(f"frame is of row {found}")
+                    if changes.count != int(self.store.changed[row, at.column]):
+                        raise CorruptionError(f"frame holds {changes.count} changes")
+                except CorruptionError as error:
+                    raise CorruptionError(
+                        f"{self.store.path}: step {self.store.steps[row]}, tensor "
+                        f"{at.tensor.name}, block {at.block}: {error}"
+                    ) from error
+                yield row, changes
+
+
+class BlockChanges:
+    """The rows of D of one block, to be swept any number of times.
+
+    If all fit the reader's capacity they are decoded once and kept, else decoded again for
+    every sweep: memory depends on the capacity, not on the number of steps.
+    """
+
+    def __init__(self, reader: BlockReader, at: BlockOf, base_bits: Bits, rows: int) -> None:
+        self._reader = reader
+        self._at = at
+        self._base_bits = base_bits
+        self._rows = rows
+        self.entries = reader.entries(at, rows)
+        self.fits = self.entries <= reader.entry_capacity
+        self._kept: ChangeRows | None = None
+
+    def batches(self) -> Iterator[ChangeRows]:
+        """Yield all rows in order, in batches; each is valid until the next is asked for."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        for batch in self._decode():
+            if self.fits:
+                self._kept = batch
+            yield batch
+
+    def _decode(self) -> Iterator[ChangeRows]:
+        at, reader = self._at, self._reader
+        capacity = min(max(self.entries, 1), max(reader.entry_capacity, at.elements))
+        positions = reader.workspace.array("positions", capacity, np.uint32)
+        values = reader.workspace.array("values", capacity, np.float64)
+        state = reader.start_state(at, self._base_bits)
+        rows: list[int] = []
+        starts = [0]
+        for row, changes in reader.decoded(at, 0, self._rows):
+            used = starts[-1]
+            if used + changes.count > capacity:
+                yield _change_rows(rows, starts, positions, values)
+                rows, starts, used = [], [0], 0
+            end = used + changes.count
+            advance_with_values(
+                state,
+                changes.positions,
+                changes.zigzags,
+                changes.count,
+                at.format.number,
+                values[used:end],
+            )
+            positions[used:end] = changes.positions[: changes.count]
+            rows.append(row)
+            starts.append(end)
+        yield _change_rows(rows, starts, positions, values)
+
+
+def _change_rows(
+    rows: list[int], starts: list[int], positions: NDArray[np.uint32], values: NDArray[np.float64]
+) -> ChangeRows:
+    used = starts[-1]
+    return ChangeRows(
+        np.array(rows, np.int64), np.array(starts, np.int64), positions[:used], values[:used]
+    )

@@ -1,0 +1,440 @@
+"""Checkpoints into a store: match them to the base, ingest in batches, commit each batch.
+
+Statistics of a tensor are summed over its blocks in a fixed order. Only when all blocks of a batch
+are on the disk is it committed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relex_stream import machine, planner
+from relex_stream.blocks import BaseWeights, BlockOf, check_base_layout, model_shape
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
+from relex_stream.graph import grouped, run_groups
+from relex_stream.ingest import BlockStatistics, Ingest, TensorResult
+from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
+from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
+from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint, parse_steps
+from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
+from relex_stream.store import Store, StoreWriter
+from relex_stream.store.read import describe_steps
+from relex_stream.store.records import Commit, FileEntry, Manifest, StoredTensor, place_tensors
+from relex_stream.summaries import BuildSummary, Plan, StagePlan
+
+
+def build(
+    base: Path,
+    checkpoints: Path,
+    store: Path,
+    *,
+    pattern: str | None,
+    steps: str | None,
+    memory_limit: int | None,
+    workers: int | None,
+    include_base: bool,
+    allow_nonfinite: bool,
+    seed: int,
+    progress: Progress | None,
+    block_bytes: int = BLOCK_BYTES,
+    sketch_min_elements: int = SKETCH_MIN_ELEMENTS,
+    commit_steps: int | None = None,
+) -> BuildSummary:
+    """Build a store or append to it; `relex_stream.api.build_store` says what the arguments are.
+
+    Parameters
+    ----------
+    block_bytes : int
+        Bytes of a block at one step, a multiple of 8 (new stores only).
+    sketch_min_elements : int
+        Tensors with fewer weights keep no sketch (new stores only).
+    commit_steps : int, optional
+        Steps per commit at most; the planner chooses if not given.
+    """
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    if block_bytes < 8 or block_bytes % 8:
+        raise OptionError(f"a block must be a positive multiple of 8 bytes, not {block_bytes}")
+    if not 0 <= seed < 1 << 63:
+        raise OptionError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
+    asked_workers = machine.wanted_workers(workers)
+    _refuse_overlap(base, checkpoints, store)
+    selection = parse_steps(steps) if steps is not None else None
+    base_checkpoint = open_checkpoint(base, 0)
+    found = find_checkpoints(checkpoints, pattern, selection)
+    with StoreWriter(store) as writer, CheckpointReader() as reader:
+        committed = writer.store
+        stored_steps = committed.steps if committed else ()
+        todo, skipped = _split_found(found.checkpoints, stored_steps)
+        seed, include_base = _settled_options(committed, seed, include_base=include_base)
+        if committed is not None:
+            check_base_layout(committed, base_checkpoint)
+            tensors, block_bytes = committed.manifest.tensors, committed.manifest.block_bytes
+            sketch_width = committed.manifest.sketch_width
+        elif todo:
+            first = open_checkpoint(todo[0][1], todo[0][0])
+            tensors, _ = place_tensors(
+                describe_tensors(base_checkpoint, first, sketch_min_elements), block_bytes
+            )
+            sketch_width = SKETCH_WIDTH
+        else:
+            raise SourceError(f"{checkpoints} holds no checkpoints to store")
+        places = [match_checkpoint(open_checkpoint(path, step), tensors) for step, path in todo]
+        shape = model_shape(tensors, sketch_width)
+        job = _Job(
+            writer=writer,
+            reader=reader,
+            tensors=tensors,
+            shape=shape,
+            block_bytes=block_bytes,
+            base_checkpoint=base_checkpoint,
+            base_hint=_relative_hint(base, store),
+            seed=seed,
+            include_base=include_base,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+        plan = job.plan(
+            places,
+            asked_workers,
+            workers_fixed=workers is not None,
+            memory_limit=memory_limit,
+            commit_steps=commit_steps,
+        )
+        added = job.run(places, plan, commit_steps)
+        finished = Store(store)
+        return _summary(
+            finished,
+            layout=found.layout,
+            added=added,
+            skipped=skipped,
+            places=places,
+            plan=plan,
+            elapsed_s=time.monotonic() - started,
+        )
+
+
+def _refuse_overlap(base: Path, checkpoints: Path, store: Path) -> None:
+    inside = store.resolve()
+    for what, path in (("BASE", base), ("CHECKPOINTS", checkpoints)):
+        source = path.resolve()
+        if inside == source:
+            raise OptionError(
+                f"STORE and {what} are the same directory, {path}; name another STORE"
+            )
+    if base.resolve() in inside.parents:
+        raise OptionError(f"STORE {store} lies inside BASE {base}; name a place outside it")
+
+
+def _split_found(
+    found: Sequence[tuple[int, Path]], stored: tuple[int, ...]
+) -> tuple[list[tuple[int, Path]], tuple[int, ...]]:
+    """Split what was found into steps to add and steps stored already; warn of what is neither."""
+    known = set(stored)
+    last = stored[-1] if stored else -1
+    todo = [(step, path) for step, path in found if step > last]
+    late = [step for step, _ in found if step <= last and step not in known]
+    if late:
+        before = max((step for step in stored if step < late[0]), default=0)
+        warnings.warn(
+            f"left out, because the store already goes to step {last}: "
+            f"{describe_steps(tuple(late))}; to take them in, first drop --after {before}, "
+            "then build again",
+            RelexStreamWarning,
+            stacklevel=2,
+        )
+    return todo, tuple(step for step, _ in found if step in known)
+
+
+def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> tuple[int, bool]:
+    """Return seed and include_base as the store has them; an append cannot change them."""
+    if store is None:
+        return seed, include_base
+    if include_base and not store.manifest.base_included:
+        warnings.warn(
+            "--include-base is left out: the store was begun without the base's weights; "
+            "build a new one to have them",
+            RelexStreamWarning,
+            stacklevel=2,
+        )
+    if seed not in (0, store.manifest.seed):
+        warnings.warn(
+            f"--seed {seed} is left out: the store was begun with {store.manifest.seed}",
+            RelexStreamWarning,
+            stacklevel=2,
+        )
+    return store.manifest.seed, store.manifest.base_included
+
+
+def _relative_hint(base: Path, store: Path) -> str:
+    return os.path.relpath(base.resolve(), store.resolve())
+
+
+class _Job:
+    """A build with its options settled."""
+
+    def __init__(
+        self,
+        *,
+        writer: StoreWriter,
+        reader: CheckpointReader,
+        tensors: tuple[StoredTensor, ...],
+        shape: planner.ModelShape,
+        block_bytes: int,
+        base_checkpoint: SourceCheckpoint,
+        base_hint: str,
+        seed: int,
+        include_base: bool,
+        allow_nonfinite: bool,
+        progress: Progress,
+    ) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._tensors = tensors
+        self._shape = shape
+        self._block_bytes = block_bytes
+        self._base_checkpoint = base_checkpoint
+        self._base_hint = base_hint
+        self._seed = seed
+        self._include_base = include_base
+        self._allow_nonfinite = allow_nonfinite
+        self._progress = progress
+
+    @property
+    def _rows(self) -> int:
+        return len(self._writer.store.steps) if self._writer.store else 0
+
+    def _batch_steps(
+        self, places: Sequence[CheckpointPlaces], rows: int, commit_steps: int | None
+    ) -> int:
+        steps = planner.commit_batch(self._shape, places[0].nbytes, rows, len(places))
+        return min(steps, commit_steps) if commit_steps else steps
+
+    def plan(
+        self,
+        places: Sequence[CheckpointPlaces],
+        workers: int,
+        *,
+        workers_fixed: bool,
+        memory_limit: int | None,
+        commit_steps: int | None,
+    ) -> Plan:
+        """Project the memory of the widest batch."""
+        steps = self._batch_steps(places, self._rows, commit_steps) if places else 0
+        later = self._batch_steps(places, 0, commit_steps) if places else 0
+        widest = max(steps, later)
+        stage = StagePlan(
+            name="encode",
+            tasks=self._shape.blocks,
+            read_bytes=sum(place.nbytes for place in places) + self._base_checkpoint.nbytes,
+            write_bytes=0,
+            worker_bytes=planner.ingest_worker_bytes(self._shape, widest),
+        )
+        shared = planner.ingest_shared_bytes(
+            self._shape,
+            widest,
+            self._rows + len(places),
+            max((tensor.blocks for tensor in self._tensors), default=0),
+        )
+        return planner.make_plan(
+            [stage],
+            reserved_bytes=machine.resident_bytes(),
+            shared_bytes=shared,
+            memory_limit_bytes=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
+            workers=workers,
+            workers_fixed=workers_fixed,
+        )
+
+    def run(
+        self, places: Sequence[CheckpointPlaces], plan: Plan, commit_steps: int | None
+    ) -> list[int]:
+        """Ingest and commit batch by batch; return the steps added."""
+        added: list[int] = []
+        while places:
+            steps = self._batch_steps(places, self._rows, commit_steps)
+            batch, places = places[:steps], places[steps:]
+            self._ingest_batch(batch, plan.workers)
+            added.extend(place.step for place in batch)
+        return added
+
+    def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> None:
+        store, rows = self._writer.store, self._rows
+        self._writer.allocate(self._tensors, rows + len(batch), include_base=self._include_base)
+        base = BaseWeights(
+            expected_crc=store.manifest.base_crc if store else None,
+            places=self._base_checkpoint.tensors,
+            reader=self._reader,
+            where=self._base_checkpoint.directory,
+        )
+        ingest = Ingest(
+            root=self._writer.path,
+            store=store,
+            base=base,
+            reader=self._reader,
+            checkpoints=batch,
+            seed=self._seed,
+            sketch_width=self._shape.sketch_width,
+            allow_nonfinite=self._allow_nonfinite,
+            include_base=self._include_base and store is None,
+            tied_tensors=[tensor for tensor in self._tensors if tensor.kind == "tied"],
+        )
+        batch_files = [self._keep_files(place) for place in batch]
+        groups = grouped(
+            (
+                tensor.index,
+                [BlockOf(tensor, block) for block in range(tensor.blocks)],
+                lambda at: at.elements * at.tensor.itemsize * len(batch),
+            )
+            for tensor in self._tensors
+        )
+        steps = f"steps {batch[0].step} to {batch[-1].step}"
+        results: dict[Hashable, TensorResult] = run_groups(
+            groups,
+            ingest.run,
+            BlockStatistics.combine,
+            lambda _, statistics: TensorResult.of(statistics),
+            workers=workers,
+            stage=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
+            progress=self._progress,
+        )
+        self._reader.verify_unchanged()
+        manifest = store.manifest if store else self._manifest(results)
+        commits = self._commits(batch, batch_files, results)
+        self._writer.commit(manifest, commits)
+        for commit in commits:
+            if not commit.changed.any():
+                before = self._writer.store.steps[commit.row - 1] if commit.row else 0  # type: ignore[union-attr]
+                warnings.warn(
+                    f"step {commit.step} has the same weights as step {before}, bit for bit; "
+                    "did training stop there? Leave such steps out of a fit with --history-steps",
+                    RelexStreamWarning,
+                    stacklevel=2,
+                )
+
+    def _keep_files(self, place: CheckpointPlaces) -> tuple[FileEntry, ...]:
+        return self._file_entries(open_checkpoint(Path(place.directory), place.step))
+
+    def _file_entries(self, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
+        entries = [self._writer.put_weights_file(file) for file in checkpoint.weights_files]
+        for name in checkpoint.side_files:
+            try:
+                data = (Path(checkpoint.directory) / name).read_bytes()
+            except OSError as error:
+                raise SourceError(f"cannot read {checkpoint.directory}/{name}: {error}") from error
+            entries.append(self._writer.put_side_file(name, data))
+        return tuple(entries)
+
+    def _manifest(self, results: dict[Hashable, TensorResult]) -> Manifest:
+        blocks = self._shape.blocks
+        base_crc, base_frame_bytes = np.zeros(blocks, np.uint32), np.zeros(blocks, np.uint32)
+        for tensor in self._tensors:
+            if tensor.blocks:
+                columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
+                result = results[tensor.index]
+                base_crc[columns] = result.base_crc
+                base_frame_bytes[columns] = result.base_frame_bytes
+        return Manifest(
+            tensors=self._tensors,
+            block_bytes=self._block_bytes,
+            seed=self._seed,
+            sketch_width=self._shape.sketch_width,
+            base_hint=self._base_hint,
+            base_files=self._file_entries(self._base_checkpoint),
+            base_crc=base_crc,
+            base_included=self._include_base,
+            base_frame_bytes=base_frame_bytes,
+        )
+
+    def _commits(
+        self,
+        batch: Sequence[CheckpointPlaces],
+        batch_files: Sequence[tuple[FileEntry, ...]],
+        results: dict[Hashable, TensorResult],
+    ) -> list[Commit]:
+        shape, rows = self._shape, self._rows
+        store = self._writer.store
+        delta_sq = store.delta_sq[rows - 1].copy() if store and rows else np.zeros(shape.tensors)
+        commits = []
+        for index, place in enumerate(batch):
+            tables = {
+                name: np.zeros(shape.blocks, np.uint32)
+                for name in ("frame_bytes", "changed", "source_crc")
+            }
+            change_sq = np.zeros(shape.tensors)
+            sketch = np.zeros((shape.sketched, shape.sketch_width), np.float16)
+            scale = np.zeros(shape.sketched, np.float32)
+            nonfinite = False
+            for tensor in self._tensors:
+                if not tensor.blocks:
+                    continue
+                result = results[tensor.index]
+                columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
+                for name, table in tables.items():
+                    table[columns] = getattr(result, name)[index]
+                change_sq[tensor.index] = result.change_sq[index]
+                delta_sq[tensor.index] += result.delta_sq_growth[index]
+                nonfinite |= bool(result.nonfinite[index])
+                if result.sketch is not None:
+                    sketch[tensor.sketch_row] = result.sketch[index]
+                    scale[tensor.sketch_row] = result.scale[index]
+            # A sum of growths may end a rounding below zero where all deltas went back to zero.
+            delta_sq = np.maximum(delta_sq, 0.0)
+            commits.append(
+                Commit(
+                    step=place.step,
+                    row=rows + index,
+                    previous="",
+                    source=Path(place.directory).name,
+                    source_bytes=place.nbytes,
+                    files=batch_files[index],
+                    nonfinite=nonfinite,
+                    change_sq=change_sq,
+                    delta_sq=delta_sq.copy(),
+                    sketch=sketch,
+                    sketch_scale=scale,
+                    **tables,
+                )
+            )
+        return commits
+
+
+def _summary(
+    store: Store,
+    *,
+    layout: str,
+    added: Sequence[int],
+    skipped: tuple[int, ...],
+    places: Sequence[CheckpointPlaces],
+    plan: Plan,
+    elapsed_s: float,
+) -> BuildSummary:
+    rows = [store.row_of(step) for step in added]
+    changed = int(store.changed[rows].sum(dtype=np.int64))
+    frame_bytes = int(store.frame_bytes[rows].sum(dtype=np.int64))
+    record_bytes = sum(store.record_path(store.head.commits[row]).stat().st_size for row in rows)
+    bytes_in = sum(place.nbytes for place in places)
+    bytes_stored = frame_bytes + record_bytes
+    return BuildSummary(
+        store=str(store.path),
+        layout=layout,
+        steps_added=tuple(added),
+        steps_skipped=skipped,
+        steps_total=len(store.steps),
+        bytes_in=bytes_in,
+        bytes_stored=bytes_stored,
+        base_bytes_stored=int(store.manifest.base_frame_bytes.sum(dtype=np.int64)),
+        store_bytes=store.stored_bytes(),
+        ratio=bytes_in / bytes_stored if bytes_stored else 0.0,
+        changed_weights=changed,
+        bits_per_changed_weight=8 * frame_bytes / changed if changed else 0.0,
+        skipped_files=tuple(sorted({name for place in places for name in place.skipped_files})),
+        peak_memory_bytes=machine.peak_bytes(),
+        elapsed_s=elapsed_s,
+        plan=plan,
+    )

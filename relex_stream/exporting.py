@@ -1,0 +1,134 @@
+"""A stored step (or the base, step 0) as the files it was ingested from, byte for byte."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from relex_stream import machine, planner
+from relex_stream.assemble import Assembly
+from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, model_shape, open_base
+from relex_stream.errors import CorruptionError
+from relex_stream.graph import grouped, run_groups
+from relex_stream.paths import refuse_inside
+from relex_stream.sources import CheckpointReader
+from relex_stream.specs import NoProgress, Progress
+from relex_stream.store import Store
+from relex_stream.summaries import ExportedFile, ExportSummary, StagePlan
+from relex_stream.writer import OutputDirectory
+
+
+class BlockExport:
+    """Writes blocks of one step; safe to call from several threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        base: BaseWeights,
+        rows: int,
+        assembly: Assembly,
+        output: OutputDirectory,
+    ) -> None:
+        self._store = store
+        self._base = base
+        self._rows = rows
+        self._assembly = assembly
+        self._output = output
+        self._expected_crc = store.commit(rows - 1).source_crc if rows else store.manifest.base_crc
+        self._local = threading.local()
+
+    def run(self, blocks: tuple[BlockOf, ...]) -> None:
+        """Write neighbouring blocks of one tensor."""
+        if not hasattr(self._local, "workspace"):
+            self._local.workspace = Workspace()
+        reader = BlockReader(self._store, self._base, self._local.workspace)
+        for at in blocks:
+            bits = reader.base_bits(at)
+            if self._rows and at.tensor.kind == "tracked":
+                bits = reader.bits_at(at, bits, self._rows)
+            if google_crc32c.value(bits.view(np.uint8)) != int(self._expected_crc[at.column]):
+                raise CorruptionError(
+                    f"{self._store.path}: step {self._store.steps[self._rows - 1]}, tensor "
+                    f"{at.tensor.name}, block {at.block} does not come back as it was ingested"
+                )
+            self._assembly.put(self._output, at.tensor, at.start, bits)
+
+
+def export_step(
+    store_path: Path,
+    out: Path,
+    *,
+    step: int,
+    base: Path | None,
+    overwrite: bool,
+    memory_limit: int | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> ExportSummary:
+    """Export a step; `relex_stream.api.export` says what the arguments are."""
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    asked_workers = machine.wanted_workers(workers)
+    store = Store(store_path)
+    rows = store.row_of(step) + 1 if step else 0
+    refuse_inside(out, store_path, "OUT", "STORE")
+    entries = store.commit(rows - 1).files if rows else store.manifest.base_files
+    assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
+    output = OutputDirectory(out, overwrite=overwrite, replaceable=assembly.paths)
+    output.check(assembly.nbytes)
+    shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
+    stage = StagePlan(
+        name="export",
+        tasks=shape.blocks,
+        read_bytes=int(store.frame_bytes[:rows].sum(dtype=np.int64)) + assembly.tensor_bytes,
+        write_bytes=assembly.nbytes,
+        worker_bytes=planner.copy_worker_bytes(shape),
+    )
+    plan = planner.make_plan(
+        [stage],
+        reserved_bytes=machine.resident_bytes(),
+        shared_bytes=planner.extrapolate_shared_bytes(shape, rows, 0, 0, 0),
+        memory_limit_bytes=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
+        workers=asked_workers,
+        workers_fixed=workers is not None,
+    )
+    with CheckpointReader() as reader, output:
+        weights = open_base(store, base, reader)
+        assembly.begin(output)
+        work = BlockExport(store, weights, rows, assembly, output)
+        run_groups(
+            grouped(
+                (
+                    tensor.index,
+                    [BlockOf(tensor, block) for block in range(tensor.blocks)],
+                    lambda at: at.elements * at.tensor.itemsize,
+                )
+                for tensor in store.manifest.tensors
+                if assembly.needs(tensor)
+            ),
+            work.run,
+            lambda _: None,
+            lambda *_: None,
+            workers=plan.workers,
+            stage=f"export step {step}",
+            progress=progress,
+        )
+        progress.start("SHA-256", assembly.nbytes)
+        digests = output.hash_files(progress.advance)
+        progress.finish()
+        output.finish()
+    sizes = {entry.path: entry.size for entry in entries}
+    files = tuple(ExportedFile(name, sizes[name], digest) for name, digest in digests.items())
+    return ExportSummary(
+        store=str(store_path),
+        step=step,
+        path=str(out),
+        files=files,
+        bytes_written=assembly.nbytes,
+        peak_memory_bytes=machine.peak_bytes(),
+        elapsed_s=time.monotonic() - started,
+    )

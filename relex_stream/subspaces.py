@@ -1,0 +1,239 @@
+"""The statistics passes: top left singular vectors of every tensor's weight deltas.
+
+Tensors with a sketch take the randomized route, one pass over their blocks per power iteration;
+the others, and all of them when asked, the exact route in one pass. Both are sums over blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relex_stream import planner
+from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace
+from relex_stream.graph import grouped, one_blas_thread, run_groups
+from relex_stream.sketch import (
+    OVERSAMPLING,
+    Subspace,
+    add_gram,
+    add_products,
+    add_weighted_rows,
+    cumulate_transposed,
+    next_basis,
+    products_of_changes,
+    scatter_columns,
+    sketch_basis,
+    subspace_of_gram,
+    subspace_of_products,
+    unpack_sketch,
+)
+from relex_stream.specs import Progress
+from relex_stream.store import Store
+from relex_stream.store.records import StoredTensor
+
+Float64 = NDArray[np.float64]
+
+SVD_ROUTES = ("randomized", "exact")
+
+
+@dataclass(frozen=True)
+class SubspaceOptions:
+    """What is asked of the statistics: how many rows and components, by which route."""
+
+    rows: int
+    rank: int
+    svd: str
+    power_iterations: int
+
+
+def basis_columns(options: SubspaceOptions) -> int:
+    """Return the columns of the randomized route's basis: rank + 7, at most the rows."""
+    return min(options.rows, options.rank + OVERSAMPLING)
+
+
+def changed_tensors(store: Store, rows: int) -> list[StoredTensor]:
+    """Return the tensors that any of the first `rows` steps changed."""
+    touched = np.asarray(store.changed[:rows].any(axis=0))
+    return [
+        tensor
+        for tensor in store.manifest.tensors
+        if tensor.kind == "tracked"
+        and touched[tensor.first_block : tensor.first_block + tensor.blocks].any()
+    ]
+
+
+def split_routes(
+    tensors: Sequence[StoredTensor], options: SubspaceOptions
+) -> tuple[list[StoredTensor], list[StoredTensor]]:
+    """Split tensors into those for the exact and those for the randomized route."""
+    exact = [t for t in tensors if options.svd == "exact" or t.sketch_row < 0]
+    randomized = [t for t in tensors if options.svd != "exact" and t.sketch_row >= 0]
+    return exact, randomized
+
+
+def changed_blocks(store: Store, tensor: StoredTensor, rows: int) -> list[BlockOf]:
+    """Return the blocks of a tensor that any of the first `rows` steps changed."""
+    columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
+    touched = store.changed[:rows, columns].any(axis=0)
+    return [BlockOf(tensor, block) for block in np.flatnonzero(touched).tolist()]
+
+
+class _BlockSums:
+    """What one pass computes per block; safe to call from several threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        base: BaseWeights,
+        options: SubspaceOptions,
+        entry_capacity: int,
+        bases: dict[Hashable, Float64],
+    ) -> None:
+        self._store = store
+        self._base = base
+        self._rows = options.rows
+        self._entry_capacity = entry_capacity
+        self._weights = {key: cumulate_transposed(basis) for key, basis in bases.items()}
+        self._local = threading.local()
+
+    def run(self, blocks: tuple[BlockOf, ...]) -> Float64:
+        """Return the blocks' share of ``D P`` (T, k), or of ``D D^T`` (T, T)."""
+        if not hasattr(self._local, "workspace"):
+            self._local.workspace = Workspace()
+        workspace: Workspace = self._local.workspace
+        reader = BlockReader(self._store, self._base, workspace, self._entry_capacity)
+        weights = self._weights.get(blocks[0].tensor.index)
+        if weights is None:
+            total = np.zeros((self._rows, self._rows))
+            for at in blocks:
+                self._add_gram(reader, at, workspace, total)
+        else:
+            total = np.zeros(weights.shape)
+            for at in blocks:
+                self._add_products(reader, at, workspace, weights, total)
+        return total
+
+    def _add_products(
+        self,
+        reader: BlockReader,
+        at: BlockOf,
+        workspace: Workspace,
+        weights: Float64,
+        total: Float64,
+    ) -> None:
+        changes = reader.change_rows(at, reader.base_bits(at), self._rows)
+        # P = M^T Q = D^T (L^T Q). float32: an element's sum over steps carries a few 1e-7, which
+        # average out over the block's elements in D P, taken in float64.
+        projected = workspace.array("projected", (at.elements, weights.shape[1]), np.float32)
+        projected[:] = 0
+        for batch in changes.batches():
+            add_weighted_rows(batch, weights, projected)
+        for batch in changes.batches():
+            add_products(batch, projected, total)
+
+    def _add_gram(
+        self, reader: BlockReader, at: BlockOf, workspace: Workspace, total: Float64
+    ) -> None:
+        changes = reader.change_rows(at, reader.base_bits(at), self._rows)
+        if changes.fits:
+            for batch in changes.batches():
+                add_gram(batch, at.elements, total, planner.gram_columns(self._rows))
+            return
+        # All rows of some columns at a time, swept again for each run of columns.
+        columns = planner.gram_columns(self._rows)
+        for first in range(0, at.elements, columns):
+            width = min(columns, at.elements - first)
+            dense = workspace.array("columns", (self._rows, width), np.float64)
+            dense[:] = 0
+            for batch in changes.batches():
+                scatter_columns(batch, first, dense)
+            total += dense @ dense.T
+
+
+def _added(parts: list[Float64]) -> Float64:
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def solve_subspaces(
+    store: Store,
+    base: BaseWeights,
+    options: SubspaceOptions,
+    *,
+    entry_capacity: int,
+    workers: int,
+    progress: Progress,
+) -> dict[str, Subspace]:
+    """Return the top left singular vectors of every tensor that changed, by name.
+
+    Parameters
+    ----------
+    store, base : Store, BaseWeights
+    options : SubspaceOptions
+    entry_capacity : int
+        Changes of a block kept between sweeps.
+    workers : int
+    progress : Progress
+
+    Notes
+    -----
+    The store and the base are read once per pass: once for the exact route, once per power
+    iteration for the randomized one.
+    """
+    exact, randomized = split_routes(changed_tensors(store, options.rows), options)
+    with one_blas_thread():
+        bases: dict[Hashable, Float64] = {
+            tensor.index: sketch_basis(unpack_sketch(sketch, scale), options.rank)
+            for tensor, sketch, scale in store.sketch_rows(randomized, options.rows)
+        }
+    results: dict[Hashable, Subspace | Float64] = {}
+    for iteration in range(options.power_iterations if randomized else min(1, len(exact))):
+        tensors = randomized + (exact if iteration == 0 else [])
+        finish = _Finish(bases, options.rank, last=iteration == options.power_iterations - 1)
+        results |= run_groups(
+            grouped(
+                (
+                    tensor.index,
+                    changed_blocks(store, tensor, options.rows),
+                    lambda at: at.elements * at.tensor.base_itemsize,
+                )
+                for tensor in sorted(tensors, key=lambda tensor: tensor.index)
+            ),
+            _BlockSums(store, base, options, entry_capacity, bases).run,
+            _added,
+            finish,
+            workers=workers,
+            stage=f"statistics, pass {iteration + 1}",
+            progress=progress,
+        )
+        bases = {index: basis for index, basis in results.items() if isinstance(basis, np.ndarray)}
+    names = {tensor.index: tensor.name for tensor in store.manifest.tensors}
+    return {
+        names[index]: subspace
+        for index, subspace in results.items()
+        if isinstance(index, int) and isinstance(subspace, Subspace)
+    }
+
+
+class _Finish:
+    """Turns a tensor's sums into its subspace or, while passes are left, into the next basis."""
+
+    def __init__(self, bases: dict[Hashable, Float64], rank: int, *, last: bool) -> None:
+        self._bases = bases
+        self._rank = rank
+        self._last = last
+
+    def __call__(self, index: Hashable, total: Float64) -> Subspace | Float64:
+        basis = self._bases.get(index)
+        if basis is None:
+            return subspace_of_gram(total, self._rank)
+        products = products_of_changes(total)
+        if self._last:
+            return subspace_of_products(basis, products, self._rank)
+        return next_basis(products)

@@ -1,0 +1,193 @@
+"""Every checksum of a store, read back: records, frames, base weights, blobs, recipes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from relex_stream import machine
+from relex_stream.blocks import BaseWeights, BlockOf, Workspace, frame_tools, open_base
+from relex_stream.errors import CorruptionError, SourceError
+from relex_stream.graph import grouped, run_groups
+from relex_stream.sources import CheckpointReader
+from relex_stream.specs import STEP_GROUP, NoProgress, Progress
+from relex_stream.store import Store
+from relex_stream.store.records import FileEntry
+from relex_stream.summaries import VerifySummary
+
+
+@dataclass
+class _Found:
+    frames: int = 0
+    frame_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def combine(parts: list[_Found]) -> _Found:
+        return _Found(
+            sum(part.frames for part in parts),
+            sum(part.frame_bytes for part in parts),
+            [problem for part in parts for problem in part.problems],
+        )
+
+
+class BlockCheck:
+    """Decodes every committed frame of a block; safe to call from several threads.
+
+    With `base`, also compares the base's weights there with their recorded checksums.
+    """
+
+    def __init__(self, store: Store, base: BaseWeights | None) -> None:
+        self._store = store
+        self._base = base
+        self._local = threading.local()
+
+    def run(self, blocks: tuple[BlockOf, ...]) -> _Found:
+        """Check neighbouring blocks of one tensor."""
+        if not hasattr(self._local, "workspace"):
+            self._local.workspace = Workspace()
+        found = _Found()
+        for at in blocks:
+            self._check_included_base(at, found)
+            self._check_base(at, found)
+            for start in range(0, len(self._store.steps), STEP_GROUP):
+                self._check_chunk(at, start, found)
+        return found
+
+    def _check_base(self, at: BlockOf, found: _Found) -> None:
+        if self._base is None:
+            return
+        try:
+            self._base.read(at, self._local.workspace)
+        except (SourceError, CorruptionError) as error:
+            found.problems.append(str(error))
+
+    def _check_included_base(self, at: BlockOf, found: _Found) -> None:
+        if not self._store.manifest.base_included:
+            return
+        try:
+            frame = self._store.read_base_frame(at.tensor, at.block)
+            if frame is not None:
+                self._decode(at, frame, at.tensor.base_itemsize)
+                found.frames += 1
+                found.frame_bytes += len(frame)
+        except CorruptionError as error:
+            found.problems.append(f"base, tensor {at.tensor.name}, block {at.block}: {error}")
+
+    def _check_chunk(self, at: BlockOf, start: int, found: _Found) -> None:
+        stop = min(start + STEP_GROUP, len(self._store.steps))
+        try:
+            frames = self._store.read_frames(at.tensor, at.block, start, stop)
+        except CorruptionError as error:
+            found.problems.append(f"tensor {at.tensor.name}, block {at.block}: {error}")
+            return
+        for row, frame in frames:
+            try:
+                decoded_row, count = self._decode(at, frame, at.tensor.itemsize)
+                if decoded_row != row % STEP_GROUP or count != self._store.changed[row, at.column]:
+                    raise CorruptionError("frame is not the one committed")
+            except CorruptionError as error:
+                step = self._store.steps[row]
+                found.problems.append(
+                    f"step {step}, tensor {at.tensor.name}, block {at.block}: {error}"
+                )
+            found.frames += 1
+            found.frame_bytes += len(frame)
+
+    def _decode(self, at: BlockOf, frame: memoryview, itemsize: int) -> tuple[int, int]:
+        codec, changes = frame_tools(self._local.workspace, at.tensor.block_elements, itemsize)
+        return codec.decode(frame, at.elements, changes), changes.count
+
+
+def verify_store(
+    store_path: Path, *, base: Path | None, workers: int | None, progress: Progress | None
+) -> VerifySummary:
+    """Check a store; `relex_stream.api.verify` says what the arguments are."""
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    store = Store(store_path)
+    problems: list[str] = []
+    read = 0
+    entries: dict[str, FileEntry] = {}
+    _collect(entries, store.manifest.base_files)
+    whole = True
+    for row, step in enumerate(store.steps):
+        try:
+            _collect(entries, store.commit(row).files)
+            read += store.record_path(store.head.commits[row]).stat().st_size
+        except CorruptionError as error:
+            whole = False
+            problems.append(f"step {step}: {error}")
+    blobs, blob_bytes = _check_blobs(store, list(entries.values()), problems)
+    found = _Found()
+    if whole:
+        found = _check_frames(store, base, machine.wanted_workers(workers), progress)
+    else:
+        problems.append("frames were not checked: their lengths are in the damaged records")
+    return VerifySummary(
+        store=str(store_path),
+        steps=len(store.steps),
+        frames=found.frames,
+        records=len(store.steps) + 1,
+        blobs=blobs,
+        bytes_read=read + blob_bytes + found.frame_bytes,
+        problems=tuple(problems + found.problems),
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def _check_frames(store: Store, base: Path | None, workers: int, progress: Progress) -> _Found:
+    with CheckpointReader() as reader:
+        weights = open_base(store, base, reader) if base is not None else None
+        results: dict[Hashable, _Found] = run_groups(
+            grouped(
+                (
+                    tensor.index,
+                    [BlockOf(tensor, block) for block in range(tensor.blocks)],
+                    _frame_bytes_of(store),
+                )
+                for tensor in store.manifest.tensors
+            ),
+            BlockCheck(store, weights).run,
+            _Found.combine,
+            lambda _, part: part,
+            workers=workers,
+            stage="verify frames",
+            progress=progress,
+        )
+    return _Found.combine(list(results.values()))
+
+
+def _frame_bytes_of(store: Store) -> Callable[[BlockOf], int]:
+    totals = store.frame_bytes.sum(axis=0)
+    return lambda at: int(totals[at.column])
+
+
+def _collect(entries: dict[str, FileEntry], files: tuple[FileEntry, ...]) -> None:
+    for entry in files:
+        name = entry.blob or entry.recipe
+        if name is not None:
+            entries[name] = entry
+
+
+def _check_blobs(store: Store, entries: list[FileEntry], problems: list[str]) -> tuple[int, int]:
+    checked: set[str] = set()
+    size = 0
+    for entry in entries:
+        try:
+            names = sorted(store.blobs_of([entry]))
+        except CorruptionError as error:
+            problems.append(f"file {entry.path}: {error}")
+            continue
+        for name in names:
+            if name in checked:
+                continue
+            checked.add(name)
+            try:
+                size += len(store.blob(name))
+            except CorruptionError as error:
+                problems.append(f"file {entry.path}: {error}")
+    return len(checked), size
