@@ -1,0 +1,1 @@
+"""Scripts behind the published figures; not part of the installed package."""

@@ -1,0 +1,123 @@
+"""``relex-stream build-store``: compress a trajectory, or append to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from relex_stream.cli import options, report
+from relex_stream.cli.plan import describe_plan
+from relex_stream.cli.session import Session
+
+if TYPE_CHECKING:
+    from relex_stream.summaries import BuildSummary
+
+
+@click.command("build-store")
+@click.argument("base", type=options.PATH)
+@click.argument("checkpoints", type=options.PATH)
+@options.store_argument
+@click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
+    "like 'epoch-{step}'.  [default: global_step_N, checkpoint-N, step_N or iter_N]",
+)
+@click.option(
+    "--steps",
+    metavar="STEPS",
+    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
+    "10:500:10, with commas between.  [default: all]",
+)
+@options.memory_limit
+@options.workers
+@click.option(
+    "--include-base",
+    is_flag=True,
+    help="Keep the base's weights in the store too, so that it needs nothing else.",
+)
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Take checkpoints with infinities or NaNs where the base has none.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Seed of the random sketches; set when a store is made.",
+)
+@options.common
+@click.pass_obj
+def command(
+    session: Session,
+    base: Path,
+    checkpoints: Path,
+    store: Path,
+    *,
+    pattern: str | None,
+    steps: str | None,
+    memory_limit: int | None,
+    workers: int | None,
+    include_base: bool,
+    allow_nonfinite: bool,
+    seed: int,
+) -> None:
+    """Compress a base model and its checkpoints into STORE, without loss.
+
+    BASE is the directory of the model at step 0, CHECKPOINTS the directory that holds one
+    directory per checkpoint. If STORE exists, steps it does not hold yet are appended to it.
+    Steps are committed one at a time: what an interrupted run has committed stays.
+    """
+    from relex_stream.api import build_store
+
+    with session.progress() as progress:
+        summary = build_store(
+            base,
+            checkpoints,
+            store,
+            pattern=pattern,
+            steps=steps,
+            memory_limit=memory_limit,
+            workers=workers,
+            include_base=include_base,
+            allow_nonfinite=allow_nonfinite,
+            seed=seed,
+            progress=progress,
+        )
+    session.finish(summary, describe(summary, verbose=session.verbose))
+
+
+def describe(summary: BuildSummary, *, verbose: bool) -> list[str]:
+    """Return the closing summary."""
+    added, skipped = summary.steps_added, summary.steps_skipped
+    rows = {
+        "store": summary.store,
+        "layout": summary.layout,
+        "steps added": report.format_steps(added, full=verbose),
+        "steps skipped": report.format_steps(skipped, full=verbose)
+        + (", in the store already" if skipped else ""),
+        "steps in all": f"{summary.steps_total:,}",
+        "read": report.format_bytes(summary.bytes_in),
+        "stored": report.format_bytes(summary.bytes_stored),
+    }
+    if summary.base_bytes_stored:
+        rows["base weights"] = report.format_bytes(summary.base_bytes_stored)
+    rows["store on disk"] = report.format_bytes(summary.store_bytes)
+    if added:
+        rows["ratio"] = report.format_ratio(summary.ratio)
+        rows["changed weights"] = f"{summary.changed_weights:,}"
+        rows["bits per changed weight"] = report.format_figure(summary.bits_per_changed_weight, 2)
+    rows["peak memory"] = report.format_bytes(summary.peak_memory_bytes)
+    rows["elapsed"] = report.format_duration(summary.elapsed_s)
+    lines = report.pairs(rows)
+    if summary.skipped_files:
+        lines.append(f"{report.format_count(len(summary.skipped_files), 'file')} left out:")
+        lines += report.listing(summary.skipped_files, full=verbose)
+    if verbose:
+        lines += ["", *describe_plan(summary.plan)]
+    return lines

@@ -1,0 +1,82 @@
+"""``relex-stream info``: show what a store holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from relex_stream.cli import options, report
+from relex_stream.cli.session import Session
+
+if TYPE_CHECKING:
+    from relex_stream.summaries import StepInfo, StoreInfo
+
+MOST_STEPS = 20
+"""Rows of the table of steps without ``--verbose``: half from either end."""
+
+
+@click.command("info")
+@options.store_argument
+@options.common
+@click.pass_obj
+def command(session: Session, store: Path) -> None:
+    """Show the steps, tensors and sizes of STORE. Reads its records, not its weights."""
+    from relex_stream.api import info
+
+    summary = info(store)
+    session.finish(summary, describe(summary, verbose=session.verbose), essential=True)
+
+
+def describe(summary: StoreInfo, *, verbose: bool) -> list[str]:
+    """Return the named values of a store and the table of its steps."""
+    dtypes = [
+        f"{code}: {report.format_count(tensors, 'tensor')}, {weights:,} weights"
+        for code, (tensors, weights) in summary.dtypes.items()
+    ]
+    included = "in the store" if summary.base_included else "not in the store"
+    rows = {
+        "store": summary.store,
+        "format version": str(summary.format_version),
+        "steps": report.format_steps([step.step for step in summary.steps]),
+        "tensors": f"{summary.tensors:,}, of which {summary.constant_tensors:,} are constant",
+        "weights": f"{summary.weights:,}",
+        "dtypes": "; ".join(dtypes) or "none",
+        "base": f"{summary.base} ({included})",
+        "sketch seed": str(summary.seed),
+        "checkpoints": report.format_bytes(summary.bytes_in),
+        "store on disk": report.format_bytes(summary.store_bytes),
+    }
+    if summary.base_bytes_stored:
+        rows["base weights"] = report.format_bytes(summary.base_bytes_stored)
+    rows["ratio"] = report.format_ratio(summary.ratio)
+    rows["bits per changed weight"] = report.format_figure(summary.bits_per_changed_weight, 2)
+    lines = report.pairs(rows)
+    if summary.steps:
+        lines += ["", *_step_table(summary.steps, full=verbose)]
+    return lines
+
+
+def _step_table(steps: tuple[StepInfo, ...], *, full: bool) -> list[str]:
+    """Return a row per step, the middle left out of a long trajectory."""
+    rows = [
+        (
+            str(step.step),
+            f"{step.changed_weights:,}",
+            report.format_share(step.changed_share),
+            report.format_bytes(step.frame_bytes),
+            report.format_bytes(step.record_bytes),
+            report.format_bytes(step.source_bytes),
+        )
+        for step in steps
+    ]
+    lines = report.table(
+        ("step", "changed weights", "share", "deltas", "record", "checkpoint"), rows, "rrrrrr"
+    )
+    left_out = len(rows) - MOST_STEPS
+    if full or left_out <= 1:
+        return lines
+    half = MOST_STEPS // 2
+    note = f"  ... {left_out:,} more (--verbose lists all)"
+    return [*lines[: 2 + half], note, *lines[-half:]]

@@ -1,0 +1,141 @@
+"""The registry of shared options and parameter types; sizes such as ``8GB`` are parsed here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from relex_stream.cli.session import Session
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]*)", re.ASCII | re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: factor**power
+    for power, prefix in enumerate("kmgt", start=1)
+    # A bare letter is binary, as in systemd and container tools.
+    for suffix, factor in (("b", 1000), ("ib", 1024), ("", 1024))
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that `text` names, rounded down.
+
+    Parameters
+    ----------
+    text : str
+        A positive number and a unit: B, kB, MB, GB, TB (powers of 1000); KiB, MiB, GiB, TiB or
+        just K, M, G, T (powers of 1024); none for bytes. Case does not matter.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    ValueError
+        If `text` has another form, or comes to less than one byte.
+
+    Examples
+    --------
+    >>> parse_bytes("512MiB"), parse_bytes("8GB"), parse_bytes("4096")
+    (536870912, 8000000000, 4096)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    factor = _UNITS.get(match["unit"].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write it like 512MiB, 8GB or 1073741824")
+    size = int(Fraction(match["number"]) * factor)
+    if size < 1:
+        raise ValueError(f"{text!r} is less than one byte")
+    return size
+
+
+class ByteSize(click.ParamType[int]):
+    """A size in bytes, written with or without a unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the size in bytes."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = click.Path(path_type=Path)
+"""A path as it is: whether it exists is for the library to say, once and in one wording."""
+
+
+def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """Return a callback that sets a flag of the `Session`."""
+
+    def callback(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001
+        session = ctx.find_object(Session)
+        if not value or session is None:
+            return
+        setattr(session, attribute, True)
+        if session.quiet and session.verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other", ctx)
+
+    return callback
+
+
+def _flag(*names: str, sets: str, help: str) -> Callable[[Function], Function]:  # noqa: A002
+    # Eager, so that the session knows before any other value is found wrong.
+    return click.option(
+        *names, is_flag=True, is_eager=True, expose_value=False, callback=_remember(sets), help=help
+    )
+
+
+debug = _flag("--debug", sets="debug", help="Show tracebacks, and warnings of other packages.")
+_json = _flag("--json", sets="json", help="Print the result as one JSON document.")
+_quiet = _flag(
+    "-q", "--quiet", sets="quiet", help="Say nothing but warnings, errors and what was asked for."
+)
+_verbose = _flag("-v", "--verbose", sets="verbose", help="Say more: plans, full lists, figures.")
+
+
+def common(function: Function) -> Function:
+    """Add the options that every command has."""
+    for option in (debug, _verbose, _quiet, _json):
+        function = option(function)
+    return function
+
+
+store_argument = click.argument("store", type=PATH)
+
+base = click.option(
+    "--base",
+    type=PATH,
+    metavar="DIRECTORY",
+    help="Where the base model is now, if not where the store says.",
+)
+
+memory_limit = click.option(
+    "--memory-limit",
+    type=ByteSize(),
+    metavar="SIZE",
+    help="Most memory the process may use, like 512MiB or 8GB; work that does not fit is refused "
+    "before it starts.  [default: 768MiB, less if less is free]",
+)
+
+workers = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that work at once.  [default: one per usable core]",
+)
+
+overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace the output if it exists already."
+)

@@ -1,0 +1,38 @@
+"""How a plan looks: the table of stages and the projected memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relex_stream.cli.report import format_bytes, format_count, table
+
+if TYPE_CHECKING:
+    from relex_stream.summaries import Plan
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """Return a table of the stages, then how the projection adds up."""
+    lines = table(
+        ("stage", "tasks", "read", "write", "memory per worker"),
+        [
+            (
+                stage.name,
+                f"{stage.tasks:,}",
+                format_bytes(stage.read_bytes),
+                format_bytes(stage.write_bytes),
+                format_bytes(stage.worker_bytes),
+            )
+            for stage in plan.stages
+        ],
+        "lrrrr",
+    )
+    widest = max((stage.worker_bytes for stage in plan.stages), default=0)
+    lines.append("")
+    lines.append(
+        f"projected memory {format_bytes(plan.projected_bytes)} of "
+        f"{format_bytes(plan.memory_limit_bytes)} allowed: "
+        f"{format_bytes(plan.reserved_bytes)} before the work, "
+        f"{format_bytes(plan.shared_bytes)} shared, "
+        f"{format_count(plan.workers, 'worker')} of {format_bytes(widest)}"
+    )
+    return lines

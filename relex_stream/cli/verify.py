@@ -1,0 +1,51 @@
+"""``relex-stream verify``: check every committed byte of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from relex_stream.cli import options, report
+from relex_stream.cli.session import Session
+
+if TYPE_CHECKING:
+    from relex_stream.summaries import VerifySummary
+
+
+@click.command("verify")
+@options.store_argument
+@options.base
+@options.workers
+@options.common
+@click.pass_context
+def command(ctx: click.Context, store: Path, *, base: Path | None, workers: int | None) -> None:
+    """Check every committed byte of STORE against its checksums.
+
+    Prints a line per problem; the exit status is 1 if there is any.
+    """
+    from relex_stream.api import verify
+
+    session = ctx.ensure_object(Session)
+    with session.progress() as progress:
+        summary = verify(store, base=base, workers=workers, progress=progress)
+    lines = [f"problem: {report.printable(problem)}" for problem in summary.problems]
+    if not session.quiet:
+        lines.append(closing_line(summary))
+    session.finish(summary, lines, essential=True)
+    if summary.problems:
+        ctx.exit(1)
+
+
+def closing_line(summary: VerifySummary) -> str:
+    """Return one line on all that was checked."""
+    found = report.format_count(len(summary.problems), "problem") if summary.problems else "intact"
+    return (
+        f"{report.printable(summary.store)}: {found}; "
+        f"{report.format_count(summary.steps, 'step')}, "
+        f"{report.format_count(summary.frames, 'frame')}, "
+        f"{report.format_count(summary.records, 'record')} and "
+        f"{report.format_count(summary.blobs, 'blob')} checked, "
+        f"{report.format_bytes(summary.bytes_read)} in {report.format_duration(summary.elapsed_s)}"
+    )

@@ -1,0 +1,260 @@
+"""A stand-in for `relex_stream.api`: it records its calls and returns made-up summaries."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+from relex_stream.cli.main import cli
+from relex_stream.errors import RelexStreamWarning
+from relex_stream.specs import Progress
+from relex_stream.summaries import (
+    BuildSummary,
+    DropSummary,
+    ExportedFile,
+    ExportSummary,
+    ExtrapolateSummary,
+    Output,
+    Plan,
+    StagePlan,
+    StepInfo,
+    StoreInfo,
+    TensorFigures,
+    VerifySummary,
+)
+
+MIB = 1 << 20
+
+PLAN = Plan(
+    workers=2,
+    memory_limit_bytes=768 * MIB,
+    reserved_bytes=200 * MIB,
+    shared_bytes=10 * MIB,
+    projected_bytes=290 * MIB,
+    stages=(
+        StagePlan("statistics pass 1", 1200, 18 * MIB, 0, 40 * MIB),
+        StagePlan("write outputs", 1200, 99 * MIB, 81 * MIB, 30 * MIB),
+    ),
+)
+
+BUILD = BuildSummary(
+    store="run.store",
+    layout="global_step_N",
+    steps_added=tuple(range(10, 510, 10)),
+    steps_skipped=(1, 2),
+    steps_total=52,
+    bytes_in=4050 * MIB,
+    bytes_stored=17 * MIB,
+    base_bytes_stored=0,
+    store_bytes=18 * MIB,
+    ratio=238.2,
+    changed_weights=9_720_000,
+    bits_per_changed_weight=14.67,
+    skipped_files=tuple(f"optimizer_{rank}.pt" for rank in range(30)),
+    peak_memory_bytes=250 * MIB,
+    elapsed_s=12.34,
+    plan=PLAN,
+)
+
+EXTRAPOLATE = ExtrapolateSummary(
+    store="run.store",
+    dry_run=False,
+    outputs=(Output(600, "out/step-600", False), Output(300, "out/step-300", True)),
+    history=tuple(range(10, 510, 10)),
+    rank=1,
+    svd="randomized",
+    power_iterations=1,
+    fit="linear",
+    tensors=290,
+    unchanged_tensors=12,
+    median_explained_variance=0.871,
+    median_r2=float("nan"),
+    bytes_read=99 * MIB,
+    bytes_written=162 * MIB,
+    peak_memory_bytes=260 * MIB,
+    elapsed_s=1.5,
+    plan=PLAN,
+    figures=(TensorFigures("model.embed.weight", (0.25, 0.01), 0.9, (0.97,)),),
+)
+
+EXPORT = ExportSummary(
+    store="run.store",
+    step=10,
+    path="out",
+    files=(ExportedFile("config.json", 700, "ab" * 32), ExportedFile("w\x1b[2J", 3, "cd" * 32)),
+    bytes_written=81 * MIB,
+    peak_memory_bytes=222 * MIB,
+    elapsed_s=0.5,
+)
+
+INFO = StoreInfo(
+    store="run.store",
+    format_version=1,
+    steps=tuple(StepInfo(step, 190_000, 0.0048, 350_000, 9_000, 81 * MIB) for step in range(1, 51)),
+    tensors=290,
+    weights=40_500_000,
+    dtypes={"BF16": (289, 40_499_000), "F32": (1, 1000)},
+    constant_tensors=3,
+    seed=0,
+    base="../base",
+    base_included=False,
+    bytes_in=4050 * MIB,
+    store_bytes=18 * MIB,
+    base_bytes_stored=0,
+    ratio=225.0,
+    bits_per_changed_weight=14.7,
+)
+
+VERIFY = VerifySummary("run.store", 50, 1950, 50, 6, 18 * MIB, (), 0.1)
+
+DROP = DropSummary("run.store", (40, 50), (10, 20, 30), 2 * MIB)
+
+
+class FakeApi(types.ModuleType):
+    """The signatures of `relex_stream.api`, which `test_commands.py` compares with it."""
+
+    def __init__(self) -> None:
+        super().__init__("relex_stream.api")
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.results: dict[str, Any] = {
+            "build_store": BUILD,
+            "extrapolate": EXTRAPOLATE,
+            "export": EXPORT,
+            "info": INFO,
+            "verify": VERIFY,
+            "drop": DROP,
+        }
+        self.raises: BaseException | None = None
+        self.warns: list[Warning] = []
+
+    def _run(self, name: str, arguments: dict[str, Any]) -> Any:
+        arguments.pop("self")
+        progress = arguments.pop("progress", None)
+        self.calls.append((name, arguments))
+        if progress is not None:
+            progress.start("read checkpoints", 2 * MIB)
+            progress.advance(MIB)
+        for warning in self.warns:
+            warnings.warn(warning, stacklevel=2)
+        if self.raises is not None:
+            raise self.raises
+        if progress is not None:
+            progress.advance(MIB)
+            progress.finish()
+        return self.results[name]
+
+    def build_store(
+        self,
+        base: str | Path,
+        checkpoints: str | Path,
+        store: str | Path,
+        *,
+        pattern: str | None = None,
+        steps: str | None = None,
+        memory_limit: int | None = None,
+        workers: int | None = None,
+        include_base: bool = False,
+        allow_nonfinite: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> BuildSummary:
+        return self._run("build_store", locals())
+
+    def extrapolate(
+        self,
+        store: str | Path,
+        out: str | Path,
+        *,
+        target_steps: Sequence[int],
+        history_steps: int | None = None,
+        rank: int = 1,
+        svd: str = "randomized",
+        power_iterations: int = 1,
+        fit: str = "linear",
+        base: str | Path | None = None,
+        memory_limit: int | None = None,
+        workers: int | None = None,
+        overwrite: bool = False,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> ExtrapolateSummary:
+        return self._run("extrapolate", locals())
+
+    def export(
+        self,
+        store: str | Path,
+        out: str | Path,
+        *,
+        step: int,
+        base: str | Path | None = None,
+        overwrite: bool = False,
+        memory_limit: int | None = None,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> ExportSummary:
+        return self._run("export", locals())
+
+    def info(self, store: str | Path) -> StoreInfo:
+        return self._run("info", locals())
+
+    def verify(
+        self,
+        store: str | Path,
+        *,
+        base: str | Path | None = None,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> VerifySummary:
+        return self._run("verify", locals())
+
+    def drop(self, store: str | Path, *, after: int) -> DropSummary:
+        return self._run("drop", locals())
+
+    def warn(self, text: str) -> None:
+        """Let the next call warn."""
+        self.warns.append(RelexStreamWarning(text))
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    """The fake, in the place of the real module."""
+    fake = FakeApi()
+    monkeypatch.setitem(sys.modules, "relex_stream.api", fake)
+    return fake
+
+
+Run = Callable[..., click.testing.Result]
+
+
+@pytest.fixture
+def run(api: FakeApi) -> Run:
+    """Run the command line with these arguments, against the fake."""
+
+    def run(*arguments: str) -> click.testing.Result:
+        return click.testing.CliRunner().invoke(cli, arguments, prog_name="relex-stream")
+
+    return run
+
+
+COMMAND_LINES = {
+    "build-store": ("build-store", "base", "checkpoints", "run.store"),
+    "extrapolate": ("extrapolate", "run.store", "out", "--target-step", "600"),
+    "export": ("export", "run.store", "out", "--step", "10"),
+    "info": ("info", "run.store"),
+    "verify": ("verify", "run.store"),
+    "drop": ("drop", "run.store", "--after", "30"),
+}
+"""A shortest valid line for each command of the library."""
+
+
+def document(result: click.testing.Result) -> Any:
+    """Return the one JSON document on stdout; fails if there is anything else."""
+    return json.loads(result.stdout)

@@ -1,0 +1,259 @@
+"""What each command hands to the library and prints for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from tests.cli import conftest
+from tests.cli.conftest import COMMAND_LINES, FakeApi, Run
+
+
+def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("build-store", "base", "checkpoints", "run.store", "--pattern", "epoch-{step}"),
+        *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
+        *("--include-base", "--allow-nonfinite", "--seed", "7"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert api.calls == [
+        (
+            "build_store",
+            {
+                "base": Path("base"),
+                "checkpoints": Path("checkpoints"),
+                "store": Path("run.store"),
+                "pattern": "epoch-{step}",
+                "steps": "1:75:5,80",
+                "memory_limit": 512 << 20,
+                "workers": 3,
+                "include_base": True,
+                "allow_nonfinite": True,
+                "seed": 7,
+            },
+        )
+    ]
+
+
+def test_extrapolate_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("extrapolate", "run.store", "out", "--target-step", "600", "--target-step", "300"),
+        *("--history-steps", "40", "--rank", "2", "--svd", "exact", "--power-iterations", "2"),
+        *("--fit", "linear", "--base", "elsewhere", "--memory-limit", "8GB", "--workers", "1"),
+        *("--overwrite", "--dry-run"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert api.calls == [
+        (
+            "extrapolate",
+            {
+                "store": Path("run.store"),
+                "out": Path("out"),
+                "target_steps": (600, 300),
+                "history_steps": 40,
+                "rank": 2,
+                "svd": "exact",
+                "power_iterations": 2,
+                "fit": "linear",
+                "base": Path("elsewhere"),
+                "memory_limit": 8_000_000_000,
+                "workers": 1,
+                "overwrite": True,
+                "dry_run": True,
+            },
+        )
+    ]
+
+
+def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("export", "run.store", "out", "--step", "0", "--base", "b", "--overwrite"),
+        *("--memory-limit", "1073741824", "--workers", "2"),
+    )
+    assert result.exit_code == 0, result.stderr
+    (name, arguments), *rest = api.calls
+    assert (name, rest) == ("export", [])
+    assert arguments == {
+        "store": Path("run.store"),
+        "out": Path("out"),
+        "step": 0,
+        "base": Path("b"),
+        "overwrite": True,
+        "memory_limit": 1 << 30,
+        "workers": 2,
+    }
+
+
+def test_verify_info_and_drop_pass_every_option(api: FakeApi, run: Run) -> None:
+    run("verify", "run.store", "--base", "b", "--workers", "2")
+    run("info", "run.store")
+    run("drop", "run.store", "--after", "0")
+    assert api.calls == [
+        ("verify", {"store": Path("run.store"), "base": Path("b"), "workers": 2}),
+        ("info", {"store": Path("run.store")}),
+        ("drop", {"store": Path("run.store"), "after": 0}),
+    ]
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_defaults_are_those_of_the_library(name: str, api: FakeApi, run: Run) -> None:
+    assert run(*COMMAND_LINES[name]).exit_code == 0
+    function, arguments = api.calls[0]
+    parameters = inspect.signature(getattr(api, function)).parameters
+    for key, parameter in parameters.items():
+        if parameter.default is not parameter.empty and key != "progress":
+            assert arguments[key] == parameter.default, key
+
+
+def test_the_fake_has_the_signatures_of_the_library() -> None:
+    real = pytest.importorskip("relex_stream.api")
+    fake = FakeApi()
+    for name in fake.results:
+        expected = inspect.signature(getattr(real, name)).parameters
+        faked = inspect.signature(getattr(fake, name)).parameters
+        assert [(p.name, p.kind, p.default) for p in faked.values()] == [
+            (p.name, p.kind, p.default) for p in expected.values()
+        ], name
+
+
+def test_build_store_summary(run: Run) -> None:
+    output = run(*COMMAND_LINES["build-store"]).stdout
+    assert "steps added              10, 20, 30, ..., 500 (50 steps)\n" in output
+    assert "steps skipped            1, 2, in the store already\n" in output
+    assert "read                     3.96 GiB\n" in output
+    assert "stored                   17.0 MiB\n" in output
+    assert "ratio                    238x\n" in output
+    assert "bits per changed weight  14.67\n" in output
+    assert "peak memory              250 MiB\n" in output
+    assert "elapsed                  12.3 s\n" in output
+    assert "30 files left out:\n  optimizer_0.pt\n" in output
+    assert "... and 10 more (--verbose lists all)" in output
+    assert "statistics pass 1" not in output
+
+
+def test_build_store_summary_without_new_steps(api: FakeApi, run: Run) -> None:
+    api.results["build_store"] = dataclasses.replace(
+        conftest.BUILD,
+        steps_added=(),
+        skipped_files=(),
+        base_bytes_stored=81 << 20,
+        ratio=float("nan"),
+        bits_per_changed_weight=float("nan"),
+    )
+    output = run(*COMMAND_LINES["build-store"]).stdout
+    assert "steps added    none\n" in output
+    assert "base weights   81.0 MiB\n" in output
+    assert "nan" not in output
+    assert "left out" not in output
+
+
+def test_verbose_lists_everything_and_the_plan(run: Run) -> None:
+    output = run(*COMMAND_LINES["build-store"], "-v").stdout
+    assert "10, 20, 30, 40, 50" in output
+    assert "optimizer_29.pt" in output
+    assert "statistics pass 1" in output
+    output = run(*COMMAND_LINES["extrapolate"], "--verbose").stdout
+    assert "write outputs" in output
+    assert "model.embed.weight             0.25              90.0 %  0.970" in output
+    output = run(*COMMAND_LINES["info"], "-v").stdout
+    assert "more" not in output
+
+
+def test_extrapolate_summary(run: Run) -> None:
+    output = run(*COMMAND_LINES["extrapolate"]).stdout
+    assert "step 600            out/step-600\n" in output
+    assert "step 300            out/step-300 (inside the history)\n" in output
+    assert "rank 1, randomized SVD with 1 power iteration, linear fit" in output
+    assert "290, of which 12 never changed" in output
+    assert "explained variance  87.1 %, median\n" in output
+    assert "R2 of the fit       -, median\n" in output
+
+
+def test_dry_run_prints_the_plan_even_when_quiet(api: FakeApi, run: Run) -> None:
+    api.results["extrapolate"] = dataclasses.replace(conftest.EXTRAPOLATE, dry_run=True)
+    output = run(*COMMAND_LINES["extrapolate"], "--dry-run", "--quiet").stdout
+    assert output.startswith("dry run: nothing was written\n")
+    assert (
+        "stage              tasks      read     write  memory per worker\n"
+        "-----------------  -----  --------  --------  -----------------\n"
+        "statistics pass 1  1,200  18.0 MiB       0 B           40.0 MiB\n"
+        "write outputs      1,200  99.0 MiB  81.0 MiB           30.0 MiB\n"
+        "\n"
+        "projected memory 290 MiB of 768 MiB allowed: 200 MiB before the work, 10.0 MiB shared, "
+        "2 workers of 40.0 MiB\n"
+    ) in output
+
+
+def test_export_lists_checksums_alone_on_stdout(run: Run) -> None:
+    result = run(*COMMAND_LINES["export"])
+    # The second name would clear the screen; sha256sum --check reads the first line as it is.
+    assert result.stdout == f"{'ab' * 32}  config.json\n{'cd' * 32}  w\\x1b[2J\n"
+    assert "step 10: 2 files, 81.0 MiB written to out in 0.50 s" in result.stderr
+
+
+def test_info_leaves_the_middle_of_a_long_run_out(run: Run) -> None:
+    lines = run("info", "run.store").stdout.splitlines()
+    rows = lines[lines.index("") + 3 :]
+    assert len(rows) == 21
+    assert rows[0].split()[0] == "1"
+    assert rows[10] == "  ... 30 more (--verbose lists all)"
+    assert rows[-1].split()[0] == "50"
+    assert "190,000  0.48 %" in rows[0]
+
+
+def test_info_of_an_empty_store_and_one_with_its_base(api: FakeApi, run: Run) -> None:
+    api.results["info"] = dataclasses.replace(
+        conftest.INFO, steps=(), base_included=True, base_bytes_stored=5 << 20
+    )
+    output = run("info", "run.store", "-q").stdout
+    assert "steps                    none\n" in output
+    assert "(in the store)" in output
+    assert "base weights             5.00 MiB\n" in output
+    assert "BF16: 289 tensors, 40,499,000 weights; F32: 1 tensor, 1,000 weights" in output
+
+
+def test_verify_of_an_intact_store(run: Run) -> None:
+    result = run("verify", "run.store")
+    assert result.exit_code == 0
+    assert result.stdout == (
+        "run.store: intact; 50 steps, 1,950 frames, 50 records and 6 blobs checked, "
+        "18.0 MiB in 0.10 s\n"
+    )
+
+
+def test_verify_names_problems_and_fails(api: FakeApi, run: Run) -> None:
+    api.results["verify"] = dataclasses.replace(
+        conftest.VERIFY, problems=("step 4: chunk c/0/1 is missing", "step 5: record damaged")
+    )
+    result = run("verify", "run.store")
+    assert result.exit_code == 1
+    assert result.stdout.startswith(
+        "problem: step 4: chunk c/0/1 is missing\nproblem: step 5: record damaged\n"
+        "run.store: 2 problems; "
+    )
+    quiet = run("verify", "run.store", "-q")
+    assert quiet.exit_code == 1
+    assert quiet.stdout.count("\n") == 2
+    assert conftest.document(run("verify", "run.store", "--json"))["problems"] == [
+        "step 4: chunk c/0/1 is missing",
+        "step 5: record damaged",
+    ]
+
+
+def test_drop_says_which_steps_went(api: FakeApi, run: Run) -> None:
+    assert run("drop", "run.store", "--after", "30").stdout == (
+        "dropped: 40, 50; 2.00 MiB freed\nleft: 10, 20, 30\n"
+    )
+    api.results["drop"] = dataclasses.replace(conftest.DROP, steps_dropped=(), bytes_freed=0)
+    assert run("drop", "run.store", "--after", "30").stdout == (
+        "nothing to drop: no step later than 30\nleft: 10, 20, 30\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["build-store", "extrapolate", "export", "drop"])
+def test_quiet_says_nothing_on_success(name: str, run: Run) -> None:
+    result = run(*COMMAND_LINES[name], "--quiet")
+    assert (result.stdout, result.stderr, result.exit_code) == ("", "", 0)
