@@ -198,6 +198,15 @@ class BaseWeights:
         advance(out, changes.positions, changes.zigzags, changes.count)
 
 
+def base_directory(store: Store, base: Path | None) -> Path | None:
+    """Return where the base is read from: `base` if given, None if in the store, else the hint."""
+    if base is not None:
+        return base
+    if store.manifest.base_included:
+        return None
+    return Path(os.path.normpath(store.path / store.manifest.base_hint))
+
+
 def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> BaseWeights:
     """Return the base of a store: at `base` if given, else in the store, else where it was.
 
@@ -207,13 +216,11 @@ def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> Base
         If it is not there, or is another model.
     """
     manifest = store.manifest
-    if base is None and manifest.base_included:
+    directory = base_directory(store, base)
+    if directory is None:
         return BaseWeights(
             expected_crc=manifest.base_crc, places=None, store=store, where=str(store.path)
         )
-    directory = (
-        base if base is not None else Path(os.path.normpath(store.path / manifest.base_hint))
-    )
     if not directory.is_dir():
         origin = (
             "given with --base" if base is not None else "where it was when the store was built"

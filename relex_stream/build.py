@@ -27,6 +27,7 @@ from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
 from relex_stream.store.records import Commit, FileEntry, Manifest, StoredTensor, place_tensors
 from relex_stream.summaries import BuildSummary, Plan, StagePlan
+from relex_stream.warmup import warm_up_encoding
 
 
 def build(
@@ -87,6 +88,8 @@ def build(
             raise SourceError(f"{checkpoints} holds no checkpoints to store")
         places = [match_checkpoint(open_checkpoint(path, step), tensors) for step, path in todo]
         shape = model_shape(tensors, sketch_width)
+        if places:
+            warm_up_encoding(tensors)
         job = _Job(
             writer=writer,
             reader=reader,

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
-from numba import njit
 from numcodecs import zstd
 from numpy.typing import NDArray
 
 from relex_stream.errors import CorruptionError
+from relex_stream.kernels import kernel
 from relex_stream.ulp import Bits, find_changes
 
 HEADER = struct.Struct("<BBBBIIIII")
@@ -70,7 +70,7 @@ class FrameHeader:
         return HEADER.size + self.main_bytes + self.low_bytes + self.extra_bytes
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _pack_sparse(positions, zigzags, count, rice_bits, symbols, low, extra):  # type: ignore[no-untyped-def]
     """Write the three streams of a sparse frame; return the bytes used of `extra`."""
     next_position = np.int64(0)
@@ -106,7 +106,7 @@ def _pack_sparse(positions, zigzags, count, rice_bits, symbols, low, extra):  # 
     return extra_used
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _unpack_sparse(symbols, low, extra, count, rice_bits, elements, positions, zigzags):  # type: ignore[no-untyped-def]
     """Undo `_pack_sparse`; return False when the streams do not describe a block of `elements`.
 
@@ -158,7 +158,7 @@ def _unpack_sparse(symbols, low, extra, count, rice_bits, elements, positions, z
     return extra_used == extra.size
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _split_dense(positions, zigzags, count, planes):  # type: ignore[no-untyped-def]
     """Scatter `count` differences into byte planes, shape (itemsize, b); the rest is zero."""
     planes[:] = 0
@@ -168,7 +168,7 @@ def _split_dense(positions, zigzags, count, planes):  # type: ignore[no-untyped-
             planes[byte, positions[i]] = (code >> np.uint32(8 * byte)) & np.uint32(0xFF)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _join_dense(planes, positions, zigzags):  # type: ignore[no-untyped-def]
     """Gather the nonzero differences of byte planes; return their number."""
     found = 0

@@ -19,6 +19,7 @@ from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.summaries import ExportedFile, ExportSummary, StagePlan
+from relex_stream.warmup import warm_up_decoding
 from relex_stream.writer import OutputDirectory
 
 
@@ -80,6 +81,7 @@ def export_step(
     assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
     output = OutputDirectory(out, overwrite=overwrite, replaceable=assembly.paths)
     output.check(assembly.nbytes)
+    warm_up_decoding(store.manifest.tensors)
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
     stage = StagePlan(
         name="export",

@@ -27,6 +27,7 @@ from relex_stream.blocks import (
     BlockOf,
     BlockReader,
     Workspace,
+    base_directory,
     model_shape,
     open_base,
 )
@@ -51,6 +52,7 @@ from relex_stream.subspaces import (
 )
 from relex_stream.summaries import ExtrapolateSummary, Output, Plan, StagePlan, TensorFigures
 from relex_stream.ulp import add_rounded
+from relex_stream.warmup import warm_up_extrapolation
 from relex_stream.writer import MARKER, OutputDirectory
 
 Float64 = NDArray[np.float64]
@@ -224,7 +226,10 @@ def extrapolate_steps(
         fit=fit,
     )
     _warn_inside(request)
-    _refuse_overlap(out, store, base)
+    refuse_inside(out, store.path, "OUT", "STORE")
+    directory = base_directory(store, base)
+    if directory is not None:
+        refuse_inside(out, directory, "OUT", "the base")
     assemblies = [
         Assembly(
             store,
@@ -237,6 +242,7 @@ def extrapolate_steps(
     ]
     output = OutputDirectory(out, overwrite=overwrite)
     output.check(sum(assembly.nbytes for assembly in assemblies))
+    warm_up_extrapolation(store.manifest.tensors)
     plan = _plan(
         store,
         request,
@@ -290,12 +296,6 @@ def _warn_inside(request: Request) -> None:
                 RelexStreamWarning,
                 stacklevel=3,
             )
-
-
-def _refuse_overlap(out: Path, store: Store, base: Path | None) -> None:
-    refuse_inside(out, store.path, "OUT", "STORE")
-    if base is not None:
-        refuse_inside(out, base, "OUT", "the base")
 
 
 def _figures(store: Store, request: Request, subspaces: dict[str, Subspace]) -> list[TensorFigures]:

@@ -21,9 +21,9 @@ from threadpoolctl import threadpool_limits
 from relex_stream.specs import Progress
 
 if TYPE_CHECKING:
-    import dask.array
+    from dask.array import Array
 
-    DaskArray: TypeAlias = dask.array.Array
+    DaskArray: TypeAlias = Array
 
 FAN_IN = 8
 """Results combined at a time: 13 to 16 of them are alive out of 2,000."""

@@ -66,7 +66,12 @@ def available_bytes() -> int:
 
 
 def memory_limit(asked_bytes: int | None, default_bytes: int) -> int:
-    """Return the limit to plan for: as asked, else the default or what is free if that is less."""
+    """Return the limit to plan for: as asked, else the default or what is free if that is less.
+
+    A caller that holds much already (a notebook with torch and a model) gets half the default on
+    top of that, instead of a refusal.
+    """
     if asked_bytes is not None:
         return asked_bytes
-    return min(default_bytes, resident_bytes() + available_bytes())
+    held = resident_bytes()
+    return min(max(default_bytes, held + default_bytes // 2), held + available_bytes())

@@ -22,8 +22,9 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from relex_stream.kernels import kernel
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -75,7 +76,7 @@ def sketch_key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sketch_kernel(positions, values, count, first_element, key, row):  # type: ignore[no-untyped-def]
     width = np.uint64(row.size)
     for i in range(count):
@@ -138,7 +139,7 @@ def unpack_sketch(rows: NDArray[np.float16], scales: NDArray[np.float32]) -> Flo
 # --- products with D, block by block -----------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _project_kernel(rows, starts, positions, values, coefficients, out):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
         row = rows[i]
@@ -166,7 +167,7 @@ def add_weighted_rows(changes: ChangeRows, coefficients: Float64, out: Float64 |
     )
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _contract_kernel(rows, starts, positions, values, projected, out):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
         row = rows[i]
@@ -184,7 +185,7 @@ def add_products(changes: ChangeRows, projected: Float32 | Float64, out: Float64
     )
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _columns_kernel(rows, starts, positions, values, cursors, stop, first, heads, row_of, value_of):  # type: ignore[no-untyped-def]
     """Regroup by column the entries of columns [first, stop) that `cursors` points at.
 
@@ -209,7 +210,7 @@ def _columns_kernel(rows, starts, positions, values, cursors, stop, first, heads
         cursors[i] = entry
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _pairs_kernel(heads, row_of, value_of, gram):  # type: ignore[no-untyped-def]
     """Add the lower triangle of ``D D^T``, column by column; rows ascend in each column."""
     for column in range(heads.size - 1):
@@ -219,7 +220,7 @@ def _pairs_kernel(heads, row_of, value_of, gram):  # type: ignore[no-untyped-def
                 gram[row, row_of[b]] += value * value_of[b]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _scatter_kernel(rows, starts, positions, values, first, stop, dense):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
         for entry in range(starts[i], starts[i + 1]):

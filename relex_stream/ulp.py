@@ -20,6 +20,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from relex_stream.kernels import kernel
+
 Bits = NDArray[Any]
 """Bit patterns of weights, in the unsigned integer of their width."""
 
@@ -147,7 +149,7 @@ def _number_one(pattern, format_number):  # type: ignore[no-untyped-def]
     return np.float64(_float32_from_bits(wide))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find_changes(before_words, after_words, before, after, positions, zigzags):  # type: ignore[no-untyped-def]
     """Find the elements whose bits differ, and by how much.
 
@@ -189,7 +191,7 @@ def find_changes(before_words, after_words, before, after, positions, zigzags): 
     return found
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def advance(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
     """Apply the first `count` differences to `state` in place (bit patterns of one block).
 
@@ -206,7 +208,7 @@ def advance(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
         state[p] = _ordered_one(after, top)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def advance_with_values(state, positions, zigzags, count, format_number, values):  # type: ignore[no-untyped-def]
     """Apply differences to `state` in place and write what each added, as float64, to `values`."""
     top = 8 * state.itemsize - 1
@@ -221,7 +223,7 @@ def advance_with_values(state, positions, zigzags, count, format_number, values)
         values[i] = _number_one(after, format_number) - _number_one(before, format_number)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def change_values(base, before, after, positions, count, format_number, values):  # type: ignore[no-untyped-def]
     """Measure the changes between two steps.
 
@@ -286,7 +288,7 @@ def _round_one(value, mantissa, bias):  # type: ignore[no-untyped-def]
     return np.uint32(sign | rounded)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _add_rounded_kernel(bits, addend, format_number, mantissa, bias, out):  # type: ignore[no-untyped-def]
     overflowed = 0
     for i in range(bits.size):
@@ -350,7 +352,7 @@ def widen(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> No
         _widen_half_kernel(bits, out)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _widen_half_kernel(bits, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
         wide = np.uint32(bits[i])
@@ -369,7 +371,7 @@ def can_widen(source: FloatFormat, target: FloatFormat) -> bool:
     return source == target or (target.code == "F32" and source.itemsize == 2)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _numbers_kernel(bits, format_number, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
         out[i] = _number_one(bits[i], format_number)

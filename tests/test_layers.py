@@ -48,9 +48,10 @@ ROOMS = {
     "specs": Room(pure=True),
     "summaries": Room(pure=True),
     # Arithmetic: no file, no store, no scheduler.
-    "ulp": Room(set(), KERNELS, pure=True),
-    "codec": Room({"ulp"}, KERNELS | CHECKSUM | {"numcodecs"}, pure=True),
-    "sketch": Room({"ulp", "codec"}, KERNELS | {"threadpoolctl"}, pure=True),
+    "kernels": Room(set(), {"numba"}, pure=True),
+    "ulp": Room({"kernels"}, KERNELS, pure=True),
+    "codec": Room({"kernels", "ulp"}, {"numpy"} | CHECKSUM | {"numcodecs"}, pure=True),
+    "sketch": Room({"kernels"}, {"numpy"}, pure=True),
     "fit": Room(set(), {"numpy"}, pure=True),
     "planner": Room(pure=True),
     "paths": Room(),
@@ -67,15 +68,18 @@ ROOMS = {
     "graph": Room({"planner"}, {"dask", "distributed", "numpy", "threadpoolctl"}),
     # What several stages share: a block across its steps, a file put together from blocks.
     "blocks": Room({"ulp", "codec", "sketch", "planner", "sources", "store"}, {"numpy"} | CHECKSUM),
+    "warmup": Room({"ulp", "codec", "sketch", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES, {"numpy"}),
     "cards": Room({"_version", "store"}, {"numpy"}),
     # The stages.
-    "build": Room(BELOW_STAGES | {"ingest", "matching"}, {"numpy"} | CHECKSUM),
-    "exporting": Room(BELOW_STAGES | {"assemble"}, {"numpy"} | CHECKSUM),
-    "extrapolation": Room(BELOW_STAGES | {"assemble", "cards", "subspaces"}, {"numpy"} | CHECKSUM),
+    "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
+    "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
+    "extrapolation": Room(
+        BELOW_STAGES | {"assemble", "cards", "subspaces", "warmup"}, {"numpy"} | CHECKSUM
+    ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),

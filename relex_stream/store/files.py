@@ -69,6 +69,15 @@ def remove_file(path: Path) -> None:
         os.unlink(path)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory if it is there and empty."""
+    try:
+        os.rmdir(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
 def sync_file(path: Path) -> None:
     """Put a file's bytes (or a directory's names) on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -83,7 +92,9 @@ def sync_file(path: Path) -> None:
 
 
 def sync_many(root: Path, written: Iterable[Path]) -> None:
-    """Put all `written` files and their names on the disk.
+    """Put all `written` files, and all names in the directories above them, on the disk.
+
+    Where something was removed, the directory it was in counts as written.
 
     On Linux one ``syncfs`` of the file system of `root`, which costs much less than thousands of
     ``fsync``; elsewhere each file and each directory above it up to `root`.
@@ -125,16 +136,18 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file of a store; yield whether the last holder ended without saying so.
+    """Hold the lock file of a store; yield whether the last holder may have left something over.
 
-    The file holds the owner while work is under way and is empty after a clean end. The kernel
-    lets go of the lock when its process ends, however it ends.
+    The file holds the owner while work is under way and is empty after a clean end; where it is
+    missing, nobody knows. It is on the disk before anything that its holder does. The kernel lets
+    go of the lock when its process ends, however it ends.
 
     Raises
     ------
     StoreError
         If another process holds the lock.
     """
+    missing = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -145,10 +158,12 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
                 f"another process is writing to {path.parent} ({owner}); "
                 "wait for it, or end it, and run this again"
             ) from error
-        unfinished = os.fstat(descriptor).st_size > 0
+        unfinished = missing or os.fstat(descriptor).st_size > 0
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         os.fsync(descriptor)
+        if missing:
+            sync_file(path.parent)
         yield unfinished
         os.ftruncate(descriptor, 0)
         os.fsync(descriptor)

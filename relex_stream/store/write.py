@@ -11,9 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from relex_stream.errors import StoreError
 from relex_stream.specs import STEP_GROUP, WeightsFile
@@ -33,6 +38,8 @@ from relex_stream.store.records import (
 )
 
 LOCK_NAME = "LOCK"
+_RECORD = re.compile(r"(manifest|[0-9]+)-[0-9a-f]{8}\.safetensors")
+_BLOB = re.compile(r"[0-9a-f]{64}")
 _OWN_NAMES = {HEAD_NAME, LOCK_NAME, "zarr.json", arrays.DELTAS, arrays.BASE, "commits", "blobs"}
 
 
@@ -90,6 +97,8 @@ class StoreWriter:
         self._make_root()
         unfinished = self._stack.enter_context(files.exclusive_lock(self.path / LOCK_NAME))
         try:
+            for name in ("commits", "blobs", arrays.DELTAS):
+                files.make_directory(self.path / name)
             if (self.path / HEAD_NAME).exists():
                 # Overwriting bytes that HEAD does not reach is safe only once the disk agrees
                 # on which HEAD that is.
@@ -112,19 +121,27 @@ class StoreWriter:
             present = set(os.listdir(self.path))
         except FileNotFoundError:
             present = set()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            files.make_directory(self.path)
-            files.sync_file(self.path.parent)
+            self._make_path()
         except NotADirectoryError:
             raise StoreError(f"{self.path} is a file; name a directory for the store") from None
         foreign = sorted(present - _OWN_NAMES - {HEAD_NAME + ".partial"})
+        if not present & {HEAD_NAME, LOCK_NAME}:
+            # The lock file is the first thing a store has: whatever is here, no store put it here.
+            foreign = sorted(present)
         if foreign:
             raise StoreError(
                 f"{self.path} holds files that are not a store's ({', '.join(foreign[:3])}); "
                 "name another directory"
             )
-        for name in ("commits", "blobs", arrays.DELTAS):
-            files.make_directory(self.path / name)
+        if present and HEAD_NAME not in present:
+            # A first build was killed, perhaps before the store's own name was on the disk.
+            _sync_parent(self.path)
+
+    def _make_path(self) -> None:
+        for directory in reversed([self.path, *self.path.parents]):
+            if not directory.exists():
+                files.make_directory(directory)
+                _sync_parent(directory)
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -143,6 +160,7 @@ class StoreWriter:
             if include_base:
                 self._make(self.path / arrays.BASE)
                 self._write(self.path / arrays.BASE / "zarr.json", arrays.group_document())
+        documents = []
         for tensor in tensors:
             groups = [arrays.DELTAS] if tensor.kind == "tracked" else []
             if include_base and self.store is None and tensor.kind != "tied":
@@ -153,10 +171,14 @@ class StoreWriter:
                 rows_here = allocated if group == arrays.DELTAS else 1
                 document = arrays.array_document(tensor, group, rows_here)
                 # Written aside and renamed: other zarr readers may have it open.
-                partial = directory / "zarr.json.partial"
-                files.write_file(partial, document)
-                files.rename(partial, directory / "zarr.json")
-                self._written.append(directory / "zarr.json")
+                documents.append(directory / "zarr.json")
+                files.write_file(_partial(documents[-1]), document)
+        if self.store is not None:
+            # They replace documents of steps that exist, so they must not be torn at any moment.
+            files.sync_many(self.path, map(_partial, documents))
+        for path in documents:
+            files.rename(_partial(path), path)
+        self._written += documents
 
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""
@@ -185,10 +207,6 @@ class StoreWriter:
         """Keep a side file once per content."""
         return FileEntry(relative_path, len(data), blob=self.put_blob(data))
 
-    def note_written(self, path: Path) -> None:
-        """Remember a file that others wrote (`write_frames`) for the next sync."""
-        self._written.append(path)
-
     def commit(self, manifest: Manifest, commits: Sequence[Commit]) -> None:
         """Make steps exist.
 
@@ -212,10 +230,25 @@ class StoreWriter:
             name = record_name(f"{commit.step:012d}", data)
             self._write(self.path / name.path, data)
             names.append(name)
-        files.sync_many(self.path, self._written)
+        files.sync_many(self.path, chain(self._written, self._chunks_of(manifest, commits)))
         self._written.clear()
         steps = head.steps + tuple(commit.step for commit in commits)
         self._replace_head(Head(head.manifest, steps, tuple(names)))
+
+    def _chunks_of(self, manifest: Manifest, commits: Sequence[Commit]) -> Iterator[Path]:
+        """Yield the chunks that `write_frames` wrote for these commits."""
+        groups: dict[int, NDArray[np.bool_]] = {}
+        for commit in commits:
+            written = groups.setdefault(commit.row // STEP_GROUP, np.zeros(manifest.blocks, bool))
+            written |= commit.frame_bytes > 0
+        for tensor in manifest.tensors:
+            for block in range(tensor.blocks):
+                column = tensor.first_block + block
+                if self.store is None and manifest.base_frame_bytes[column]:
+                    yield self.path / arrays.chunk_key(arrays.BASE, tensor, 0, block)
+                for chunk_row, written in groups.items():
+                    if written[column]:
+                        yield self.path / arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
 
     def drop_after(self, step: int) -> tuple[int, ...]:
         """Take back all steps after `step`; return them. HEAD goes first, bytes after."""
@@ -242,32 +275,59 @@ class StoreWriter:
     # --- clearing -------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Remove what HEAD does not reach: tails of chunks, whole chunks, records, blobs.
+        """Remove what HEAD does not reach: tails of chunks, whole chunks, records, blobs, arrays.
 
-        Only names of the kinds a store makes are touched.
+        Only names of the kinds a store makes are touched. What is removed does not come back when
+        the power fails, so that a lock file which says "clean" is right.
         """
         store = self.store
         records, blobs, chunks = _reachable(store) if store else (set(), set(), {})
-        self._remove_unnamed("commits", records)
-        self._remove_unnamed("blobs", blobs)
+        changed: set[Path] = set()
+        self._remove_unnamed("commits", _RECORD, records, changed)
+        self._remove_unnamed("blobs", _BLOB, blobs, changed)
         for group in (arrays.DELTAS, arrays.BASE):
-            for path in sorted((self.path / group).glob("*/*")):
-                if path.name.endswith(".partial"):
-                    files.remove_file(path)
-                elif path.name.startswith("c."):
-                    size = chunks.get(path.relative_to(self.path).as_posix(), 0)
-                    if size == 0:
-                        files.remove_file(path)
-                    elif path.stat().st_size > size:
-                        files.truncate_file(path, size)
-        files.remove_file(self.path / (HEAD_NAME + ".partial"))
+            self._sweep_group(group, chunks, changed)
+        self._remove(self.path / (HEAD_NAME + ".partial"), changed)
+        if changed:
+            files.sync_many(self.path, sorted(changed))
         if store is not None:
             self._rewrite_array_documents(store)
 
-    def _remove_unnamed(self, directory: str, named: set[str]) -> None:
+    def _sweep_group(self, group: str, chunks: dict[str, int], changed: set[Path]) -> None:
+        known = _array_directories(self.store, group) if self.store else set()
+        for directory in sorted(path for path in (self.path / group).glob("*") if path.is_dir()):
+            for path in sorted(directory.iterdir()):
+                if path.name.startswith("c."):
+                    size = chunks.get(path.relative_to(self.path).as_posix(), 0)
+                    if size == 0:
+                        self._remove(path, changed)
+                    elif path.stat().st_size > size:
+                        files.truncate_file(path, size)
+                        changed.add(path)
+                elif path.name == "zarr.json.partial" or (
+                    path.name == "zarr.json" and directory.name not in known
+                ):
+                    self._remove(path, changed)
+            if directory.name not in known:
+                files.remove_directory(directory)
+                changed.add(directory.parent)
+                changed.discard(directory)
+        if group == arrays.BASE and not known:
+            self._remove(self.path / group / "zarr.json", changed)
+            files.remove_directory(self.path / group)
+            changed.discard(self.path / group)
+
+    def _remove_unnamed(
+        self, directory: str, kind: re.Pattern[str], named: set[str], changed: set[Path]
+    ) -> None:
         for name in sorted(os.listdir(self.path / directory)):
-            if name not in named:
-                files.remove_file(self.path / directory / name)
+            if name not in named and kind.fullmatch(name):
+                self._remove(self.path / directory / name, changed)
+
+    def _remove(self, path: Path, changed: set[Path]) -> None:
+        if path.exists():
+            files.remove_file(path)
+            changed.add(path.parent)
 
     def _rewrite_array_documents(self, store: Store) -> None:
         # A killed run may have grown them, or left one torn; fast paths never read them.
@@ -279,6 +339,26 @@ class StoreWriter:
             document = arrays.array_document(tensor, arrays.DELTAS, rows)
             if not path.exists() or path.read_bytes() != document:
                 files.replace_file(path, document)
+
+
+def _sync_parent(path: Path) -> None:
+    # A directory may let us make something in it and yet not open it.
+    with contextlib.suppress(PermissionError):
+        files.sync_file(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _array_directories(store: Store, group: str) -> set[str]:
+    manifest = store.manifest
+    return {
+        arrays.array_name(tensor.name)
+        for tensor in manifest.tensors
+        if (tensor.kind == "tracked" if group == arrays.DELTAS else tensor.kind != "tied")
+        and (group == arrays.DELTAS or manifest.base_included)
+    }
 
 
 def _reachable(store: Store) -> tuple[set[str], set[str], dict[str, int]]:
