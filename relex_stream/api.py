@@ -283,7 +283,9 @@ def info(store: AnyPath) -> StoreInfo:
         count, size = dtypes.get(tensor.dtype.code, (0, 0))
         dtypes[tensor.dtype.code] = (count + 1, size + tensor.elements)
     bytes_in = sum(step.source_bytes for step in steps)
-    stored = sum(step.frame_bytes + step.record_bytes for step in steps)
+    store_bytes = opened.stored_bytes()
+    base_bytes = int(manifest.base_frame_bytes.sum(dtype=np.int64))
+    stored = store_bytes - base_bytes
     changed_total = sum(step.changed_weights for step in steps)
     return StoreInfo(
         store=str(store),
@@ -297,9 +299,9 @@ def info(store: AnyPath) -> StoreInfo:
         base=manifest.base_hint,
         base_included=manifest.base_included,
         bytes_in=bytes_in,
-        store_bytes=opened.stored_bytes(),
-        base_bytes_stored=int(manifest.base_frame_bytes.sum(dtype=np.int64)),
-        ratio=bytes_in / stored if stored else 0.0,
+        store_bytes=store_bytes,
+        base_bytes_stored=base_bytes,
+        ratio=bytes_in / stored if steps else 0.0,
         bits_per_changed_weight=(
             8 * sum(step.frame_bytes for step in steps) / changed_total if changed_total else 0.0
         ),

@@ -86,6 +86,7 @@ def build(
             sketch_width = SKETCH_WIDTH
         else:
             raise SourceError(f"{checkpoints} holds no checkpoints to store")
+        bytes_before = committed.stored_bytes() if committed else 0
         places = [match_checkpoint(open_checkpoint(path, step), tensors) for step, path in todo]
         shape = model_shape(tensors, sketch_width)
         if places:
@@ -119,6 +120,7 @@ def build(
             skipped=skipped,
             places=places,
             plan=plan,
+            bytes_before=bytes_before,
             elapsed_s=time.monotonic() - started,
         )
 
@@ -415,14 +417,16 @@ def _summary(
     skipped: tuple[int, ...],
     places: Sequence[CheckpointPlaces],
     plan: Plan,
+    bytes_before: int,
     elapsed_s: float,
 ) -> BuildSummary:
     rows = [store.row_of(step) for step in added]
     changed = int(store.changed[rows].sum(dtype=np.int64))
     frame_bytes = int(store.frame_bytes[rows].sum(dtype=np.int64))
-    record_bytes = sum(store.record_path(store.head.commits[row]).stat().st_size for row in rows)
     bytes_in = sum(place.nbytes for place in places)
-    bytes_stored = frame_bytes + record_bytes
+    base_bytes = int(store.manifest.base_frame_bytes.sum(dtype=np.int64))
+    store_bytes = store.stored_bytes()
+    bytes_stored = store_bytes - (bytes_before or base_bytes)
     return BuildSummary(
         store=str(store.path),
         layout=layout,
@@ -431,8 +435,8 @@ def _summary(
         steps_total=len(store.steps),
         bytes_in=bytes_in,
         bytes_stored=bytes_stored,
-        base_bytes_stored=int(store.manifest.base_frame_bytes.sum(dtype=np.int64)),
-        store_bytes=store.stored_bytes(),
+        base_bytes_stored=base_bytes,
+        store_bytes=store_bytes,
         ratio=bytes_in / bytes_stored if bytes_stored else 0.0,
         changed_weights=changed,
         bits_per_changed_weight=8 * frame_bytes / changed if changed else 0.0,

@@ -11,7 +11,15 @@ import numpy as np
 
 from relex_stream import machine, planner
 from relex_stream.assemble import Assembly
-from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, model_shape, open_base
+from relex_stream.blocks import (
+    BaseWeights,
+    BlockOf,
+    BlockReader,
+    Workspace,
+    base_directory,
+    model_shape,
+    open_base,
+)
 from relex_stream.errors import CorruptionError
 from relex_stream.graph import grouped, run_groups
 from relex_stream.paths import refuse_inside
@@ -77,6 +85,9 @@ def export_step(
     store = Store(store_path)
     rows = store.row_of(step) + 1 if step else 0
     refuse_inside(out, store_path, "OUT", "STORE")
+    directory = base_directory(store, base)
+    if directory is not None:
+        refuse_inside(out, directory, "OUT", "the base")
     entries = store.commit(rows - 1).files if rows else store.manifest.base_files
     assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
     output = OutputDirectory(out, overwrite=overwrite, replaceable=assembly.paths)

@@ -131,7 +131,7 @@ def _has_extra(checkpoint: SourceCheckpoint, names: Sequence[str]) -> str:
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return (
         f"step {checkpoint.step}: {checkpoint.directory} has tensor {names[0]}{more}, which the "
-        "base does not have; is it a checkpoint of another model?"
+        "base does not have; is it a checkpoint of another model? Leave it out with --steps"
     )
 
 

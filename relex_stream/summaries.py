@@ -58,7 +58,7 @@ class BuildSummary:
     bytes_in: int
     """Bytes of the ingested checkpoints (weights and side files)."""
     bytes_stored: int
-    """Bytes this run added to the store, without the base's weights."""
+    """Bytes this run added to the store, everything but the base's weights."""
     base_bytes_stored: int
     """Bytes of the base's weights in the store; 0 without ``include_base``."""
     store_bytes: int

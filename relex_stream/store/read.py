@@ -334,7 +334,10 @@ def read_head(path: Path) -> Head:
         ) from None
     except OSError as error:
         raise StoreError(f"cannot read the store at {path}: {error}") from error
-    return decode_head(data)
+    try:
+        return decode_head(data)
+    except StoreError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def blob_path(root: Path, sha256: str) -> Path:
