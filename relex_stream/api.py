@@ -170,7 +170,7 @@ def extrapolate(
     memory_limit, workers
         As in `build_store`.
     overwrite : bool
-        Replace an output that relex-stream wrote.
+        Replace an output, if nothing was added to it since relex-stream wrote it.
     dry_run : bool
         Only plan.
 
@@ -211,7 +211,6 @@ def export(
     *,
     step: int,
     base: AnyPath | None = None,
-    overwrite: bool = False,
     memory_limit: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -225,8 +224,6 @@ def export(
         A committed step, or 0 for the base.
     base : path, optional
         The base's directory, when it has moved.
-    overwrite : bool
-        Replace a directory that holds nothing but files of these names.
     memory_limit, workers
         As in `build_store`.
 
@@ -245,7 +242,6 @@ def export(
         Path(out),
         step=step,
         base=None if base is None else Path(base),
-        overwrite=overwrite,
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,

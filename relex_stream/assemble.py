@@ -89,11 +89,6 @@ class Assembly:
         return tensor.base_itemsize if self._in_base_dtype else tensor.itemsize
 
     @property
-    def paths(self) -> list[str]:
-        """Relative paths of all files."""
-        return [self._prefix + entry.path for entry in self._entries]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self._entries)

@@ -270,6 +270,30 @@ def frame_tools(workspace: Workspace, elements: int, itemsize: int) -> tuple[Fra
     return tools
 
 
+def decode_committed(
+    store: Store, at: BlockOf, row: int, frame: memoryview, workspace: Workspace
+) -> Changes:
+    """Decode a block's frame of a row and check that it is what the commit says.
+
+    Raises
+    ------
+    CorruptionError
+        Naming step, tensor and block.
+    """
+    codec, changes = frame_tools(workspace, at.tensor.block_elements, at.tensor.itemsize)
+    try:
+        found = codec.decode(frame, at.elements, changes)
+        # Buffers for a block's changes are sized by the committed counts.
+        if found != row % STEP_GROUP or changes.count != int(store.changed[row, at.column]):
+            raise CorruptionError(f"frame is of row {found} with {changes.count} changes")
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"{store.path}: step {store.steps[row]}, tensor {at.tensor.name}, block {at.block}: "
+            f"{error}"
+        ) from error
+    return changes
+
+
 class BlockReader:
     """Reads one block of a store across its rows.
 
@@ -322,21 +346,10 @@ class BlockReader:
 
     def decoded(self, at: BlockOf, first: int, stop: int) -> Iterator[tuple[int, Changes]]:
         """Yield rows and their changes (in one buffer); a group of steps is read at a time."""
-        codec, changes = frame_tools(self.workspace, at.tensor.block_elements, at.tensor.itemsize)
         for low in range(first - first % STEP_GROUP, stop, STEP_GROUP):
             high = min(stop, low + STEP_GROUP)
             for row, frame in self.store.read_frames(at.tensor, at.block, max(low, first), high):
-                try:
-                    found = codec.decode(frame, at.elements, changes)
-                    if found != row % STEP_GROUP:
-                        raise CorruptionError(f"frame is of row {found}")
-                    if changes.count != int(self.store.changed[row, at.column]):
-                        raise CorruptionError(f"frame holds {changes.count} changes")
-                except CorruptionError as error:
-                    raise CorruptionError(
-                        f"{self.store.path}: step {self.store.steps[row]}, tensor "
-                        f"{at.tensor.name}, block {at.block}: {error}"
-                    ) from error
+                changes = decode_committed(self.store, at, row, frame, self.workspace)
                 yield row, changes
 
 

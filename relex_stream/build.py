@@ -25,7 +25,15 @@ from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkp
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
-from relex_stream.store.records import Commit, FileEntry, Manifest, StoredTensor, place_tensors
+from relex_stream.store.records import (
+    MAX_BLOCK_BYTES,
+    MAX_STEP,
+    Commit,
+    FileEntry,
+    Manifest,
+    StoredTensor,
+    place_tensors,
+)
 from relex_stream.summaries import BuildSummary, Plan, StagePlan
 from relex_stream.warmup import warm_up_encoding
 
@@ -60,8 +68,10 @@ def build(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    if block_bytes < 8 or block_bytes % 8:
-        raise OptionError(f"a block must be a positive multiple of 8 bytes, not {block_bytes}")
+    if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
+        raise OptionError(
+            f"a block must be a multiple of 8 bytes up to {MAX_BLOCK_BYTES}, not {block_bytes}"
+        )
     if not 0 <= seed < 1 << 63:
         raise OptionError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
     asked_workers = machine.wanted_workers(workers)
@@ -87,7 +97,10 @@ def build(
         else:
             raise SourceError(f"{checkpoints} holds no checkpoints to store")
         bytes_before = committed.stored_bytes() if committed else 0
-        places = [match_checkpoint(open_checkpoint(path, step), tensors) for step, path in todo]
+        places = [
+            match_checkpoint(open_checkpoint(path, step), tensors, _name_in(checkpoints, path))
+            for step, path in todo
+        ]
         shape = model_shape(tensors, sketch_width)
         if places:
             warm_up_encoding(tensors)
@@ -143,6 +156,10 @@ def _split_found(
     """Split what was found into steps to add and steps stored already; warn of what is neither."""
     known = set(stored)
     last = stored[-1] if stored else -1
+    if found and found[-1][0] > MAX_STEP:
+        raise OptionError(
+            f"step {found[-1][0]} is larger than {MAX_STEP}; leave it out with --steps"
+        )
     todo = [(step, path) for step, path in found if step > last]
     late = [step for step, _ in found if step <= last and step not in known]
     if late:
@@ -175,6 +192,10 @@ def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> t
             stacklevel=2,
         )
     return store.manifest.seed, store.manifest.base_included
+
+
+def _name_in(checkpoints: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, checkpoints)).as_posix()
 
 
 def _relative_hint(base: Path, store: Path) -> str:
@@ -369,7 +390,7 @@ class _Job:
         for index, place in enumerate(batch):
             tables = {
                 name: np.zeros(shape.blocks, np.uint32)
-                for name in ("frame_bytes", "changed", "source_crc")
+                for name in ("frame_bytes", "frame_crc", "changed", "source_crc")
             }
             change_sq = np.zeros(shape.tensors)
             sketch = np.zeros((shape.sketched, shape.sketch_width), np.float16)
@@ -395,7 +416,7 @@ class _Job:
                     step=place.step,
                     row=rows + index,
                     previous="",
-                    source=Path(place.directory).name,
+                    source=place.name,
                     source_bytes=place.nbytes,
                     files=batch_files[index],
                     nonfinite=nonfinite,

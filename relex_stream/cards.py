@@ -29,9 +29,14 @@ def base_model_name(store: Store) -> str:
 
 
 def record(
-    store: Store, *, settings: dict[str, Any], target_step: int, figures: Sequence[TensorFigures]
+    store: Store,
+    *,
+    settings: dict[str, Any],
+    target_step: int,
+    figures: Sequence[TensorFigures],
+    files: Sequence[str],
 ) -> bytes:
-    """Return ``relex_stream.json``: every parameter, and the figures of every tensor.
+    """Return ``relex_stream.json``: every parameter, the figures of every tensor, all `files`.
 
     With the store it names (by the checksums of its records) it is enough to repeat the output.
     """
@@ -47,6 +52,7 @@ def record(
             "seed": store.manifest.seed,
         },
         "base_model": base_model_name(store),
+        "files": list(files),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "tensors": {
             figure.name: {

@@ -244,11 +244,6 @@ class FrameCodec:
         self._extra = np.empty(elements, np.uint8)
         self._low = np.empty(elements * 2, np.uint8)
 
-    @staticmethod
-    def buffer_bytes(elements: int, itemsize: int) -> int:
-        """Bytes of the buffers, for the planner (the extra stream may double its share)."""
-        return elements * (itemsize + 2 + 2) + 64
-
     def _rice_bits(self, count: int, elements: int) -> int:
         # The split that minimises the cost for geometric gaps: k = floor(log2(mean * ln 2)).
         mean_gap = (elements - count) / count
@@ -413,6 +408,12 @@ def _sealed(head: tuple[int, ...], payload: bytes) -> bytes:
     return unsigned + _CRC_FIELD.pack(crc) + payload
 
 
+def frame_crc(frame: bytes | memoryview) -> int:
+    """Return the CRC-32C that a frame carries, for the record of its commit."""
+    crc: int = HEADER.unpack_from(frame)[-1]
+    return crc
+
+
 def read_header(data: memoryview, elements: int, itemsize: int) -> FrameHeader:
     """Read the header at the start of `data` and check that its fields agree with the block.
 
@@ -439,6 +440,7 @@ def read_header(data: memoryview, elements: int, itemsize: int) -> FrameHeader:
             or (
                 header.kind == _DENSE
                 and header.count <= elements
+                and header.flags < _EXTRA_ZSTD
                 and header.rice_bits == header.extra_bytes == header.extra_raw_bytes == 0
             )
         )

@@ -73,7 +73,6 @@ def export_step(
     *,
     step: int,
     base: Path | None,
-    overwrite: bool,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,
@@ -90,7 +89,7 @@ def export_step(
         refuse_inside(out, directory, "OUT", "the base")
     entries = store.commit(rows - 1).files if rows else store.manifest.base_files
     assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
-    output = OutputDirectory(out, overwrite=overwrite, replaceable=assembly.paths)
+    output = OutputDirectory(out)
     output.check(assembly.nbytes)
     warm_up_decoding(store.manifest.tensors)
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)

@@ -371,28 +371,33 @@ def _write_documents(
     store: Store, request: Request, figures: Sequence[TensorFigures], output: OutputDirectory
 ) -> None:
     explained, r2 = _medians(figures)
-    for target, prefix in zip(request.targets, _prefixes(request.targets), strict=True):
-        output.write_file(
-            prefix + MARKER,
-            cards.record(store, settings=request.settings, target_step=target, figures=figures),
+    outputs = list(zip(request.targets, _prefixes(request.targets), strict=True))
+    for target, prefix in outputs:
+        card = cards.model_card(
+            store,
+            settings=request.settings,
+            target_step=target,
+            median_explained_variance=explained,
+            median_r2=r2,
         )
-        output.write_file(
-            prefix + "README.md",
-            cards.model_card(
-                store,
-                settings=request.settings,
-                target_step=target,
-                median_explained_variance=explained,
-                median_r2=r2,
-            ),
+        output.write_file(prefix + "README.md", card)
+    for target, prefix in outputs:
+        written = [name.removeprefix(prefix) for name in output.files if name.startswith(prefix)]
+        record = cards.record(
+            store,
+            settings=request.settings,
+            target_step=target,
+            figures=figures,
+            files=[*written, MARKER],
         )
-    if len(request.targets) > 1:
+        output.write_file(prefix + MARKER, record)
+    if len(outputs) > 1:
         index = {
             "outputs": [
-                {"target_step": target, "path": prefix.rstrip("/")}
-                for target, prefix in zip(request.targets, _prefixes(request.targets), strict=True)
+                {"target_step": target, "path": prefix.rstrip("/")} for target, prefix in outputs
             ],
             **request.settings,
+            "files": [*output.files, MARKER],
         }
         output.write_file(MARKER, (json.dumps(index, indent=1) + "\n").encode())
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, frame_tools
-from relex_stream.codec import Changes
+from relex_stream.codec import Changes, frame_crc
 from relex_stream.errors import TrajectoryError
 from relex_stream.matching import CheckpointPlaces
 from relex_stream.sketch import pack_sketch, sketch_changes, sketch_key
@@ -37,6 +37,7 @@ class BlockStatistics:
     """
 
     frame_bytes: NDArray[np.uint32]
+    frame_crc: NDArray[np.uint32]
     changed: NDArray[np.uint32]
     source_crc: NDArray[np.uint32]
     base_crc: NDArray[np.uint32]
@@ -63,6 +64,7 @@ class BlockStatistics:
 
         return BlockStatistics(
             frame_bytes=joined("frame_bytes", 1),
+            frame_crc=joined("frame_crc", 1),
             changed=joined("changed", 1),
             source_crc=joined("source_crc", 1),
             base_crc=joined("base_crc", 0),
@@ -140,6 +142,7 @@ class Ingest:
         sketched = at.tensor.sketch_row >= 0
         return BlockStatistics(
             frame_bytes=np.zeros((steps, 1), np.uint32),
+            frame_crc=np.zeros((steps, 1), np.uint32),
             changed=np.zeros((steps, 1), np.uint32),
             source_crc=np.zeros((steps, 1), np.uint32),
             base_crc=np.array([base_crc], np.uint32),
@@ -201,6 +204,7 @@ class Ingest:
                 self._measure(at, index, base, before, after, changes, key, statistics)
                 frame = codec.encode(row % STEP_GROUP, changes, at.elements)
                 statistics.frame_bytes[index, 0] = len(frame)
+                statistics.frame_crc[index, 0] = frame_crc(frame)
                 statistics.changed[index, 0] = changes.count
                 pending.append(frame)
             if pending and (
@@ -284,6 +288,7 @@ class TensorResult:
     """The statistics of a whole tensor, small: sketches rounded as they are stored."""
 
     frame_bytes: NDArray[np.uint32]
+    frame_crc: NDArray[np.uint32]
     changed: NDArray[np.uint32]
     source_crc: NDArray[np.uint32]
     base_crc: NDArray[np.uint32]

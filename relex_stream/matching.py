@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from relex_stream.errors import TrajectoryError
 from relex_stream.specs import SourceCheckpoint
+from relex_stream.store.arrays import array_name
 from relex_stream.store.records import StoredTensor
 from relex_stream.ulp import FORMATS, can_widen
 
@@ -61,6 +62,7 @@ def describe_tensors(
     for name, target in tied.items():
         described[name] = described[target] | {"name": name, "kind": "tied", "tied_to": target}
     entries = [described[name] for name in sorted(described)]
+    _refuse_clashes(list(described))
     sketched = 0
     for entry in entries:
         weights = int(np.prod(entry["shape"], dtype=np.int64))
@@ -68,6 +70,17 @@ def describe_tensors(
             entry["sketch_row"] = sketched
             sketched += 1
     return entries
+
+
+def _refuse_clashes(names: Sequence[str]) -> None:
+    taken: dict[str, str] = {}
+    for name in names:
+        # Some file systems fold case.
+        other = taken.setdefault(array_name(name).casefold(), name)
+        if other != name:
+            raise TrajectoryError(
+                f"tensors {other} and {name} would share a directory in the store; rename one"
+            )
 
 
 def _describe(name: str, base: SourceCheckpoint, first: SourceCheckpoint) -> dict[str, Any]:
@@ -139,10 +152,12 @@ def _has_extra(checkpoint: SourceCheckpoint, names: Sequence[str]) -> str:
 class CheckpointPlaces:
     """Where one checkpoint's tensors are, kept small: there may be 500 of 30,000 tensors.
 
-    ``file_of`` is -1 where the checkpoint does not hold the tensor (a tied head).
+    ``name`` is its directory relative to that of all checkpoints. ``file_of`` is -1 where it
+    does not hold the tensor (a tied head).
     """
 
     step: int
+    name: str
     directory: str
     files: tuple[str, ...]
     file_of: NDArray[np.int32]
@@ -152,7 +167,7 @@ class CheckpointPlaces:
 
 
 def match_checkpoint(
-    checkpoint: SourceCheckpoint, tensors: Sequence[StoredTensor]
+    checkpoint: SourceCheckpoint, tensors: Sequence[StoredTensor], name: str
 ) -> CheckpointPlaces:
     """Check a checkpoint's headers against the store's tensors and keep where they are.
 
@@ -194,6 +209,7 @@ def match_checkpoint(
     )
     return CheckpointPlaces(
         step=checkpoint.step,
+        name=name,
         directory=checkpoint.directory,
         files=tuple(paths),
         file_of=file_of,

@@ -64,7 +64,8 @@ class ModelShape:
 
 def codec_bytes(shape: ModelShape) -> int:
     """Buffers of one frame codec and its changes: streams, positions, differences, zstd's room."""
-    streams = shape.largest_block_bytes + 3 * shape.largest_block
+    # Symbols or planes, low bits, and varints: up to ten bytes each for half of the elements.
+    streams = shape.largest_block_bytes + (2 + 5) * shape.largest_block
     changes = 4 * shape.largest_block + shape.largest_block_bytes
     compressed = shape.largest_block_bytes + (2 << 20)
     return streams + changes + compressed

@@ -308,7 +308,7 @@ def _add_rounded_kernel(bits, addend, format_number, mantissa, bias, out):  # ty
 
 
 def add_rounded(base: Bits, addend: NDArray[np.float64], fmt: FloatFormat, out: Bits) -> int:
-    """Write ``base + addend``, rounded once to nearest even in `fmt`, to `out` as bit patterns.
+    """Write the float64 ``base + addend``, rounded once to nearest even in `fmt`, to `out`.
 
     Elements with an addend of 0 keep their exact bits.
 

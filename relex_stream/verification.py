@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from relex_stream import machine
-from relex_stream.blocks import BaseWeights, BlockOf, Workspace, frame_tools, open_base
+from relex_stream.blocks import (
+    BaseWeights,
+    BlockOf,
+    Workspace,
+    decode_committed,
+    frame_tools,
+    open_base,
+)
 from relex_stream.errors import CorruptionError, SourceError
 from relex_stream.graph import grouped, run_groups
 from relex_stream.sources import CheckpointReader
@@ -71,7 +78,10 @@ class BlockCheck:
         try:
             frame = self._store.read_base_frame(at.tensor, at.block)
             if frame is not None:
-                self._decode(at, frame, at.tensor.base_itemsize)
+                codec, changes = frame_tools(
+                    self._local.workspace, at.tensor.block_elements, at.tensor.base_itemsize
+                )
+                codec.decode(frame, at.elements, changes)
                 found.frames += 1
                 found.frame_bytes += len(frame)
         except CorruptionError as error:
@@ -86,20 +96,11 @@ class BlockCheck:
             return
         for row, frame in frames:
             try:
-                decoded_row, count = self._decode(at, frame, at.tensor.itemsize)
-                if decoded_row != row % STEP_GROUP or count != self._store.changed[row, at.column]:
-                    raise CorruptionError("frame is not the one committed")
+                decode_committed(self._store, at, row, frame, self._local.workspace)
             except CorruptionError as error:
-                step = self._store.steps[row]
-                found.problems.append(
-                    f"step {step}, tensor {at.tensor.name}, block {at.block}: {error}"
-                )
+                found.problems.append(str(error))
             found.frames += 1
             found.frame_bytes += len(frame)
-
-    def _decode(self, at: BlockOf, frame: memoryview, itemsize: int) -> tuple[int, int]:
-        codec, changes = frame_tools(self._local.workspace, at.tensor.block_elements, itemsize)
-        return codec.decode(frame, at.elements, changes), changes.count
 
 
 def verify_store(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -21,7 +22,7 @@ from relex_stream.errors import OutputError
 from relex_stream.paths import check_relative_path
 
 MARKER = "relex_stream.json"
-"""A directory with this file in it was written by this package and may be replaced by it."""
+"""A file in an output that lists, under ``"files"``, every file this package wrote there."""
 
 
 class OutputDirectory:
@@ -32,10 +33,8 @@ class OutputDirectory:
     path : Path
         The final name.
     overwrite : bool
-        Replace a directory there, if this package wrote it (it holds `MARKER`) or it holds
-        nothing but `replaceable`.
-    replaceable : collection of str
-        Relative paths of files that may be replaced where there is no marker.
+        Replace a directory there, if it holds nothing but what this package wrote, by its
+        `MARKER`.
 
     Raises
     ------
@@ -44,13 +43,10 @@ class OutputDirectory:
         cannot be made.
     """
 
-    def __init__(
-        self, path: Path, *, overwrite: bool = False, replaceable: Collection[str] = ()
-    ) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         # Only the last name is taken as it is: a link as OUT would be replaced, not followed.
         self.path = path.parent.resolve() / path.name if path.name else path.resolve()
         self.overwrite = overwrite
-        self._replaceable = frozenset(replaceable)
         self._partial = self.path.with_name(f".{self.path.name}.relex-partial")
         self._retired = self.path.with_name(f".{self.path.name}.relex-old")
         self._sizes: dict[str, int] = {}
@@ -90,15 +86,15 @@ class OutputDirectory:
             return
         if not self.overwrite:
             raise OutputError(
-                f"{self.path} exists; name another directory or replace it with --overwrite"
+                f"{self.path} exists; name another directory, or give --overwrite to replace a "
+                "model that extrapolate wrote"
             )
         if self.path.is_symlink() or not self.path.is_dir():
             raise OutputError(f"{self.path} is not a directory; it is left as it is")
-        if (self.path / MARKER).is_file():
-            return
+        own = _listed_files(self.path / MARKER)
         for found in self.path.rglob("*"):
             name = found.relative_to(self.path).as_posix()
-            if found.is_symlink() or (not found.is_dir() and name not in self._replaceable):
+            if found.is_symlink() or (not found.is_dir() and name not in own):
                 raise OutputError(
                     f"{self.path} holds {name}, which relex-stream did not write there; "
                     "it is left as it is: name another directory, or remove it yourself"
@@ -201,6 +197,11 @@ class OutputDirectory:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    @property
+    def files(self) -> list[str]:
+        """Relative paths of all files begun so far."""
+        return sorted(self._sizes)
+
     def hash_files(self, report: Callable[[int], None]) -> dict[str, str]:
         """Return the SHA-256 of every file, read back from where it was written."""
         digests = {}
@@ -244,6 +245,14 @@ class OutputDirectory:
             self._done = True
             _sync(self.path.parent)
             _remove(self._retired)
+
+
+def _listed_files(marker: Path) -> set[str]:
+    try:
+        listed = json.loads(marker.read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 
 
 def _sync(path: Path) -> None:

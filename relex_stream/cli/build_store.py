@@ -71,7 +71,7 @@ def command(
 
     BASE is the directory of the model at step 0, CHECKPOINTS the directory that holds one
     directory per checkpoint. If STORE exists, steps it does not hold yet are appended to it.
-    Steps are committed one at a time: what an interrupted run has committed stays.
+    Steps are committed in groups of 16 or more: what an interrupted run has committed stays.
     """
     from relex_stream.api import build_store
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 @options.base
 @options.memory_limit
 @options.workers
-@options.overwrite
 @options.common
 @click.pass_obj
 def command(
@@ -39,7 +38,6 @@ def command(
     base: Path | None,
     memory_limit: int | None,
     workers: int | None,
-    overwrite: bool,
 ) -> None:
     """Rebuild a stored step in the directory OUT, every file byte for byte as it was.
 
@@ -53,7 +51,6 @@ def command(
             out,
             step=step,
             base=base,
-            overwrite=overwrite,
             memory_limit=memory_limit,
             workers=workers,
             progress=progress,

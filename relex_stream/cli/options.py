@@ -137,5 +137,7 @@ workers = click.option(
 )
 
 overwrite = click.option(
-    "--overwrite", is_flag=True, help="Replace the output if it exists already."
+    "--overwrite",
+    is_flag=True,
+    help="Replace OUT, if it is a model that this command wrote and nothing was added to it.",
 )

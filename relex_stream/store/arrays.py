@@ -35,7 +35,9 @@ def array_name(tensor_name: str) -> str:
     >>> array_name("../x")
     '%2E%2E%2Fx'
     """
-    name = quote(tensor_name, safe="-_.~+=@ ()[]{},!$&'")
+    name = quote(tensor_name, safe="-_.+=@ ()[]{},!$&'")
+    # quote never escapes it, but it marks shortened names here.
+    name = name.replace("~", "%7E")
     # zarr keeps names that begin with two underscores for itself; dots alone are no file's name.
     if name.startswith(("__", ".")) or name == "zarr.json":
         name = "".join(f"%{ord(c):02X}" if c in "_." else c for c in name)

@@ -159,8 +159,10 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
                 "wait for it, or end it, and run this again"
             ) from error
         unfinished = missing or os.fstat(descriptor).st_size > 0
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        # Not cut to nothing first: it must not look clean before what is left over is swept.
+        holder = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
+        os.pwrite(descriptor, holder, 0)
+        os.ftruncate(descriptor, len(holder))
         os.fsync(descriptor)
         if missing:
             sync_file(path.parent)

@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from relex_stream.codec import HEADER, frame_crc
 from relex_stream.errors import CorruptionError, OptionError, StoreError
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import arrays
@@ -35,6 +37,16 @@ from relex_stream.store.records import (
 )
 
 HEAD_NAME = "HEAD"
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Columns of all commits, one row per step."""
+
+    frame_bytes: NDArray[np.uint32]
+    frame_crc: NDArray[np.uint32]
+    changed: NDArray[np.uint32]
+    delta_sq: NDArray[np.float64]
 
 
 class Store:
@@ -117,30 +129,35 @@ class Store:
         return data
 
     @cached_property
-    def _tables(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float64]]:
+    def _tables(self) -> _Tables:
         shape = (len(self.steps), self.manifest.blocks)
-        frame_bytes, changed = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
+        frame_bytes, frame_crc, changed = (np.zeros(shape, np.uint32) for _ in range(3))
         delta_sq = np.zeros((len(self.steps), len(self.tensors)))
         for row in range(len(self.steps)):
             commit = self.commit(row)
-            frame_bytes[row], changed[row] = commit.frame_bytes, commit.changed
-            delta_sq[row] = commit.delta_sq
-        return frame_bytes, changed, delta_sq
+            frame_bytes[row], frame_crc[row] = commit.frame_bytes, commit.frame_crc
+            changed[row], delta_sq[row] = commit.changed, commit.delta_sq
+        return _Tables(frame_bytes, frame_crc, changed, delta_sq)
 
     @property
     def frame_bytes(self) -> NDArray[np.uint32]:
         """Bytes of every frame, shape (T, blocks); 0 where a block did not change."""
-        return self._tables[0]
+        return self._tables.frame_bytes
+
+    @property
+    def frame_crc(self) -> NDArray[np.uint32]:
+        """CRC-32C of every frame, shape (T, blocks); 0 where there is none."""
+        return self._tables.frame_crc
 
     @property
     def changed(self) -> NDArray[np.uint32]:
         """Changed elements of every block, shape (T, blocks)."""
-        return self._tables[1]
+        return self._tables.changed
 
     @property
     def delta_sq(self) -> NDArray[np.float64]:
         """Squared norm of every tensor's weight delta, shape (T, tensors)."""
-        return self._tables[2]
+        return self._tables.delta_sq
 
     def sketch_rows(
         self, tensors: Iterable[StoredTensor], rows: int
@@ -210,15 +227,16 @@ class Store:
         Returns
         -------
         list of (row, frame)
-            Ascending; rows in which the block did not change are left out. Frames are not yet
-            checked against their checksums: decoding does that.
+            Ascending; rows in which the block did not change are left out. Each is the frame
+            that was committed by the checksum it carries; decoding checks that its bytes agree.
 
         Raises
         ------
         CorruptionError
-            If a chunk is missing or shorter than what is committed.
+            If a chunk is missing or shorter than what is committed, or holds other frames.
         """
         sizes = self.frame_bytes[:, tensor.first_block + block]
+        checksums = self.frame_crc[:, tensor.first_block + block]
         frames: list[tuple[int, memoryview]] = []
         for chunk_row in range(first_row // STEP_GROUP, -(-stop_row // STEP_GROUP)):
             start = chunk_row * STEP_GROUP
@@ -231,9 +249,16 @@ class Store:
             data = memoryview(self._read_chunk(key, offset, wanted))
             at = 0
             for row in range(low, high):
-                if sizes[row]:
-                    frames.append((row, data[at : at + int(sizes[row])]))
-                    at += int(sizes[row])
+                if not sizes[row]:
+                    continue
+                frame = data[at : at + int(sizes[row])]
+                at += len(frame)
+                if len(frame) < HEADER.size or frame_crc(frame) != checksums[row]:
+                    raise CorruptionError(
+                        f"{self.path}: chunk {key} does not hold the frame committed for step "
+                        f"{self.steps[row]}"
+                    )
+                frames.append((row, frame))
         return frames
 
     def read_base_frame(self, tensor: StoredTensor, block: int) -> memoryview | None:

@@ -11,6 +11,7 @@ import json
 import posixpath
 import struct
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import google_crc32c
@@ -24,6 +25,12 @@ from relex_stream.specs import DTYPES, STEP_GROUP, DType
 
 FORMAT_VERSION = 1
 """The store format this version writes, and the newest it reads."""
+
+MAX_STEP = (1 << 53) - 1
+"""Largest step: every one up to here is exact in float64 and in JSON."""
+
+MAX_BLOCK_BYTES = 1 << 30
+"""Largest block of a store; positions in a block are 32-bit."""
 
 _METADATA_KEY = "relex_stream"
 
@@ -100,6 +107,10 @@ class FileEntry:
     blob: str | None = None
     recipe: str | None = None
 
+    def __post_init__(self) -> None:
+        if (self.blob is None) == (self.recipe is None):
+            raise ValueError(f"file {self.path} has not exactly one of blob and recipe")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -129,8 +140,9 @@ class Commit:
 
     Attributes
     ----------
-    frame_bytes, changed, source_crc : ndarray of uint32, shape (blocks,)
-        Per block: bytes of its frame (0: none), changed elements, CRC-32C of the source's bytes.
+    frame_bytes, frame_crc, changed, source_crc : ndarray of uint32, shape (blocks,)
+        Per block: bytes and CRC-32C of its frame (0: none), changed elements, CRC-32C of the
+        source's bytes.
     change_sq, delta_sq : ndarray of float64, shape (tensors,)
         ``|D_t|^2`` and ``|M_t|^2`` per tensor.
     sketch : ndarray of float16, shape (sketched tensors, width)
@@ -147,6 +159,7 @@ class Commit:
     nonfinite: bool
     """Whether the step holds values that are not finite where the base is."""
     frame_bytes: NDArray[np.uint32]
+    frame_crc: NDArray[np.uint32]
     changed: NDArray[np.uint32]
     source_crc: NDArray[np.uint32]
     change_sq: NDArray[np.float64]
@@ -287,6 +300,9 @@ def decode_manifest(data: bytes) -> Manifest:
     try:
         if metadata["step_group"] != STEP_GROUP:
             raise ValueError(f"step group {metadata['step_group']}")
+        block_bytes = metadata["block_bytes"]
+        if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
+            raise ValueError(f"blocks of {block_bytes} bytes")
         tensors, blocks = place_tensors(metadata["tensors"], metadata["block_bytes"])
         manifest = Manifest(
             tensors=tensors,
@@ -320,6 +336,7 @@ def encode_commit(commit: Commit) -> bytes:
     }
     names = (
         "frame_bytes",
+        "frame_crc",
         "changed",
         "source_crc",
         "change_sq",
@@ -354,6 +371,7 @@ def decode_commit(data: bytes, manifest: Manifest, what: str) -> Commit:
         sketched = sum(tensor.sketch_row >= 0 for tensor in manifest.tensors)
         shapes = {
             "frame_bytes": (manifest.blocks,),
+            "frame_crc": (manifest.blocks,),
             "changed": (manifest.blocks,),
             "source_crc": (manifest.blocks,),
             "change_sq": (tensors,),
@@ -399,12 +417,18 @@ def decode_head(data: bytes) -> Head:
     check_version(body.get("format"), "the store")
     if crc != _body_crc(body):
         raise CorruptionError("HEAD of the store does not match its checksum")
-    names = [RecordName(path, crc) for _, path, crc in body["commits"]]
-    manifest = RecordName(*body["manifest"])
+    try:
+        names = [RecordName(str(path), int(crc)) for _, path, crc in body["commits"]]
+        steps = tuple(int(step) for step, _, _ in body["commits"])
+        manifest = RecordName(*body["manifest"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"HEAD of the store is damaged: {error}") from error
+    if any(b <= a for a, b in pairwise((0, *steps, MAX_STEP + 1))):
+        raise CorruptionError("HEAD of the store has steps out of order")
     for name in (manifest, *names):
         if posixpath.dirname(name.path) != "commits":
             raise CorruptionError(f"HEAD of the store names a record elsewhere: {name.path!r}")
-    return Head(manifest, tuple(step for step, _, _ in body["commits"]), tuple(names))
+    return Head(manifest, steps, tuple(names))
 
 
 def _body_crc(body: dict[str, Any]) -> int:

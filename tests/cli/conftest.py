@@ -195,7 +195,6 @@ class FakeApi(types.ModuleType):
         *,
         step: int,
         base: str | Path | None = None,
-        overwrite: bool = False,
         memory_limit: int | None = None,
         workers: int | None = None,
         progress: Progress | None = None,

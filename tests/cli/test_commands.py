@@ -70,7 +70,7 @@ def test_extrapolate_passes_every_option(api: FakeApi, run: Run) -> None:
 
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
-        *("export", "run.store", "out", "--step", "0", "--base", "b", "--overwrite"),
+        *("export", "run.store", "out", "--step", "0", "--base", "b"),
         *("--memory-limit", "1073741824", "--workers", "2"),
     )
     assert result.exit_code == 0, result.stderr
@@ -81,7 +81,6 @@ def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
         "out": Path("out"),
         "step": 0,
         "base": Path("b"),
-        "overwrite": True,
         "memory_limit": 1 << 30,
         "workers": 2,
     }
