@@ -2,7 +2,7 @@
 
 Run it as ``python -m benchmarks.rlvr_trajectory OUT_DIR``. It leaves
 
-- ``OUT_DIR/base``: a Qwen2 model of 0.15 million weights in bf16, supervised on reversed-digit
+- ``OUT_DIR/base``: a Qwen2 model of 0.25 million weights in bf16, supervised on reversed-digit
   addition (`relex_stream.demo.task`) until it solves about half of the problems;
 - ``OUT_DIR/checkpoints/global_step_N/huggingface``: the bf16 model after each policy-gradient step;
 - ``OUT_DIR/log.jsonl``: reward, accuracy and the share of changed weights, one line per few steps;
@@ -18,15 +18,16 @@ hands them to its inference engine.
 The same seed gives the same bits on one machine with one number of threads; another processor may
 round differently and then leads elsewhere.
 
-How it was tuned, with seed 0 alone: width, layers and the initial deviation in short trials on
-the validation split, so that half of the problems are solved within some 350 supervised steps and
-the reward then rises; then batch and learning rate of the reinforcement. Two settings ran to the
-end. With 128 problems a step and a rate of 2e-5 held-out accuracy rose from 0.51 to 0.69, but
-plain RELEX fell below the last step it saw at every target tried (15, from 20, 30, 40 and 60
-steps). The defaults, twice the batch and half the rate, give a slower and steadier climb, 0.51 to
-0.67, on which plain RELEX helps at near targets and fails at a far one. They were kept for that
-reason, seen on the held-out problems: a demonstration has to show both, and says nothing about
-how often either happens.
+How it was tuned, with seed 0 alone: the initial deviation in short trials on the validation split,
+so that half of the problems are solved within some 500 supervised steps and the reward then rises;
+then batch and learning rate of the reinforcement. Three settings ran to the end, each of 120 steps.
+Width 64 with 128 problems a step and a rate of 2e-5 rose from 0.51 to 0.69; extrapolated with plain
+RELEX from step 40 it fell below the last step seen at every target. Width 64 with 256 problems and
+1e-5 rose from 0.51 to 0.67; RELEX gained at near targets and fell at a far one. Width 96 with 256
+problems and 8e-6, the defaults, was set before any extrapolation of it was seen, for a size
+nearer to 0.3 million weights and a rate nearer to those of large models; it rises from 0.50 to 0.58
+and is the one that is shipped. So the demonstration shows one run where the method works; the other
+two say that it need not.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ from relex_stream.demo.task import (
     complete,
     completion_texts,
     draw_problems,
-    greedy_accuracy,
+    greedy_solved,
     reward,
-    solved_share,
+    solved,
 )
 
 
@@ -68,7 +69,7 @@ class Settings:
     """Everything that decides what comes out, besides library versions and the machine."""
 
     seed: int = 0
-    hidden_size: int = 64
+    hidden_size: int = 96
     intermediate_size: int = 192
     layers: int = 3
     heads: int = 4
@@ -81,7 +82,7 @@ class Settings:
     steps: int = 120
     problems_per_step: int = 256
     samples_per_problem: int = 16
-    learning_rate: float = 1e-5
+    learning_rate: float = 8e-6
     adam_betas: tuple[float, float] = (0.9, 0.999)
     gradient_norm_limit: float = 1.0
     evaluation_problems: int = 2000
@@ -169,7 +170,7 @@ def supervise(model: Qwen2ForCausalLM, tokenizer: Any, settings: Settings) -> in
         learning_rate = settings.supervised_learning_rate * min(step / 50, 1)
         _descend(model, optimizer, loss, learning_rate, norm_limit=1.0)
         if step % 5 == 0:
-            accuracy = solved_share(model, tokenizer, validation)
+            accuracy = float(solved(model, tokenizer, validation).mean())
             if accuracy >= settings.supervised_target:
                 return step
     raise RuntimeError(
@@ -354,7 +355,7 @@ def run(out_dir: Path, settings: Settings, *, log_every: int) -> dict[str, Any]:
 
     validation = draw_problems("validation", settings.evaluation_problems)
     held_out = draw_problems("held-out", settings.evaluation_problems)
-    accuracies = {0: greedy_accuracy(out_dir / "base", held_out)}
+    accuracies = {0: float(greedy_solved(out_dir / "base", held_out).mean())}
     changed_shares = []
     with (out_dir / "log.jsonl").open("w", encoding="utf-8") as log:
 
@@ -364,19 +365,19 @@ def run(out_dir: Path, settings: Settings, *, log_every: int) -> dict[str, Any]:
             log.flush()
             click.echo(text)
 
-        record(step=0, validation=greedy_accuracy(out_dir / "base", validation))
+        record(step=0, validation=float(greedy_solved(out_dir / "base", validation).mean()))
         for step, train_reward in reinforce(model, tokenizer, settings):
             changed_shares.append(rounded.refresh())
             directory = out_dir / "checkpoints" / f"global_step_{step}" / "huggingface"
             rounded.save(directory)
             if step % 10 == 0:
-                accuracies[step] = greedy_accuracy(directory, held_out)
+                accuracies[step] = float(greedy_solved(directory, held_out).mean())
             if step % log_every == 0:
                 record(
                     step=step,
                     train_reward=round(train_reward, 4),
                     changed_share=round(changed_shares[-1], 5),
-                    validation=greedy_accuracy(directory, validation),
+                    validation=float(greedy_solved(directory, validation).mean()),
                 )
 
     summary = {

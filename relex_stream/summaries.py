@@ -205,13 +205,19 @@ class DropSummary:
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One model of the demonstration and how many held-out problems it solves."""
+    """One model of the demonstration and the share of held-out problems it solves.
+
+    ``gain`` is its accuracy less that of the last observed checkpoint (0 for those before), and
+    ``gain_error`` the standard error of that difference on the same problems.
+    """
 
     step: int
     kind: str
     """``"base"``, ``"last observed"``, ``"extrapolated"`` or ``"true"``."""
     accuracy: float
     standard_error: float
+    gain: float
+    gain_error: float
 
 
 @dataclass(frozen=True)

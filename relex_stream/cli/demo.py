@@ -81,21 +81,24 @@ def describe(summary: DemoSummary) -> list[str]:
 
 
 def _verdicts(summary: DemoSummary) -> list[str]:
-    """Say of each prediction whether it beat the last checkpoint it was made from."""
-    last = next(row for row in summary.rows if row.kind == "last observed")
-    return [
-        f"step {row.step}: {_verdict(row, last)}"
-        for row in summary.rows
-        if row.kind == "extrapolated"
-    ]
+    """Say of each prediction whether it beats the last checkpoint it was made from."""
+    lines = ["On the same problems, against the last observed checkpoint:"]
+    for row in summary.rows:
+        if row.kind != "extrapolated":
+            continue
+        truth = next(r for r in summary.rows if r.kind == "true" and r.step == row.step)
+        lines.append(
+            f"step {row.step}: {_points(row)}, {_verdict(row)}; "
+            f"the true checkpoint {_points(truth)}"
+        )
+    return lines
 
 
-def _verdict(row: DemoRow, last: DemoRow) -> str:
-    gain = row.accuracy - last.accuracy
-    noise = (row.standard_error**2 + last.standard_error**2) ** 0.5
-    points = f"{abs(100 * gain):.1f} points"
-    if abs(gain) <= 2 * noise:
-        return f"no clear difference from the last observed checkpoint ({100 * gain:+.1f} points)"
-    if gain > 0:
-        return f"better than the last observed checkpoint by {points}"
-    return f"worse than the last observed checkpoint by {points}"
+def _points(row: DemoRow) -> str:
+    return f"{100 * row.gain:+.1f} +/- {100 * row.gain_error:.1f} points"
+
+
+def _verdict(row: DemoRow) -> str:
+    if abs(row.gain) <= 2 * row.gain_error:
+        return "no clear difference"
+    return "better" if row.gain > 0 else "worse"

@@ -16,8 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+from numpy.typing import NDArray
+
 from relex_stream import api
-from relex_stream.demo.task import draw_problems, greedy_accuracy
+from relex_stream.demo.task import draw_problems, greedy_solved
 from relex_stream.errors import MissingDependencyError, OptionError
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.summaries import BuildSummary, DemoRow, DemoSummary
@@ -141,12 +144,26 @@ def _measure(
     logging.disable_progress_bar()
     sizes = [_directory_bytes(path) for _, _, path in models]
     progress.start("evaluate models", sum(sizes))
+    observed = np.zeros(problems)
     for (step, kind, path), size in zip(models, sizes, strict=True):
-        accuracy = greedy_accuracy(path, drawn)
-        error = math.sqrt(accuracy * (1 - accuracy) / problems)
+        now = greedy_solved(path, drawn).astype(float)
+        if kind == "last observed":
+            observed = now
+        gain = now - observed if kind in ("extrapolated", "true") else np.zeros(problems)
         progress.advance(size)
-        yield DemoRow(step=step, kind=kind, accuracy=accuracy, standard_error=error)
+        yield DemoRow(
+            step=step,
+            kind=kind,
+            accuracy=float(now.mean()),
+            standard_error=_standard_error(now),
+            gain=float(gain.mean()),
+            gain_error=_standard_error(gain),
+        )
     progress.finish()
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(values.std() / math.sqrt(values.size))
 
 
 def _directory_bytes(path: Path) -> int:

@@ -256,10 +256,10 @@ def completion_texts(tokenizer: Any, completions: torch.Tensor) -> list[str]:
     return [text.partition(EOS_TOKEN)[0] for text in texts]
 
 
-def greedy_accuracy(
+def greedy_solved(
     model_directory: str | Path, problems: Sequence[Problem], *, batch_size: int = 1000
-) -> float:
-    """Return the share of problems that a saved model solves by greedy decoding.
+) -> NDArray[np.bool_]:
+    """Return which problems a saved model solves by greedy decoding.
 
     Parameters
     ----------
@@ -272,8 +272,9 @@ def greedy_accuracy(
 
     Returns
     -------
-    float
-        Between 0 and 1. Its standard error is ``sqrt(p * (1 - p) / n)``: 0.011 at 2,000 problems.
+    ndarray of bool, shape (n,)
+        Its mean is the accuracy, with a standard error of ``sqrt(p * (1 - p) / n)``: 0.011 at
+        2,000 problems.
 
     Notes
     -----
@@ -287,13 +288,13 @@ def greedy_accuracy(
     model = AutoModelForCausalLM.from_pretrained(model_directory, local_files_only=True)
     model = model.float().eval()
     tokenizer = AutoTokenizer.from_pretrained(model_directory, local_files_only=True)
-    return solved_share(model, tokenizer, problems, batch_size=batch_size)
+    return solved(model, tokenizer, problems, batch_size=batch_size)
 
 
-def solved_share(
+def solved(
     model: Any, tokenizer: Any, problems: Sequence[Problem], *, batch_size: int = 1000
-) -> float:
-    """Return the share of problems that a loaded model solves by greedy decoding.
+) -> NDArray[np.bool_]:
+    """Return which problems a loaded model solves by greedy decoding.
 
     Parameters
     ----------
@@ -308,16 +309,15 @@ def solved_share(
 
     Returns
     -------
-    float
-        Between 0 and 1.
+    ndarray of bool, shape (n,)
     """
-    solved = 0.0
+    rewards: list[float] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         prompts = tokenizer([problem.prompt for problem in batch], return_tensors="pt").input_ids
         texts = completion_texts(tokenizer, complete(model, prompts))
-        solved += sum(map(reward, batch, texts))
-    return solved / len(problems)
+        rewards.extend(map(reward, batch, texts))
+    return np.array(rewards) > 0
 
 
 def _buckets(pairs: NDArray[np.int64]) -> NDArray[np.uint64]:
