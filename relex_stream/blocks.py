@@ -345,12 +345,25 @@ class BlockReader:
         return BlockChanges(self, at, base_bits, rows)
 
     def decoded(self, at: BlockOf, first: int, stop: int) -> Iterator[tuple[int, Changes]]:
-        """Yield rows and their changes (in one buffer); a group of steps is read at a time."""
-        for low in range(first - first % STEP_GROUP, stop, STEP_GROUP):
-            high = min(stop, low + STEP_GROUP)
-            for row, frame in self.store.read_frames(at.tensor, at.block, max(low, first), high):
+        """Yield rows and their changes, in one buffer."""
+        for low, high in self._runs(at, first, stop):
+            for row, frame in self.store.read_frames(at.tensor, at.block, low, high):
                 changes = decode_committed(self.store, at, row, frame, self.workspace)
                 yield row, changes
+
+    def _runs(self, at: BlockOf, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut rows into runs to read at a time: a group of steps, fewer where frames are large."""
+        sizes = self.store.frame_bytes[:stop, at.column].tolist()
+        low, size = first, 0
+        for row in range(first, stop):
+            if row > low and (
+                row % STEP_GROUP == 0 or size + sizes[row] > planner.FRAMES_AT_HAND_BYTES
+            ):
+                yield low, row
+                low, size = row, 0
+            size += sizes[row]
+        if low < stop:
+            yield low, stop
 
 
 class BlockChanges:

@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from relex_stream import planner
 from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, frame_tools
 from relex_stream.codec import Changes, frame_crc
 from relex_stream.errors import TrajectoryError
@@ -194,6 +195,7 @@ class Ingest:
         codec, changes = frame_tools(workspace, tensor.block_elements, at.format.itemsize)
         key = sketch_key(self._seed, tensor.name)
         pending: list[bytes] = []
+        pending_bytes = written = 0
         spare, other = "after", "before"
         for index in range(len(self._checkpoints)):
             row = self._rows + index
@@ -207,11 +209,15 @@ class Ingest:
                 statistics.frame_crc[index, 0] = frame_crc(frame)
                 statistics.changed[index, 0] = changes.count
                 pending.append(frame)
-            if pending and (
-                row % STEP_GROUP == STEP_GROUP - 1 or index == len(self._checkpoints) - 1
-            ):
-                self._write_group(at, row // STEP_GROUP, b"".join(pending))
+                pending_bytes += len(frame)
+                del frame
+            group_ends = row % STEP_GROUP == STEP_GROUP - 1 or index == len(self._checkpoints) - 1
+            if pending and (group_ends or pending_bytes >= planner.FRAMES_AT_HAND_BYTES):
+                self._write_frames(at, row // STEP_GROUP, written, b"".join(pending))
                 pending.clear()
+                written, pending_bytes = written + pending_bytes, 0
+            if group_ends:
+                written = 0
             before, spare, other = after, other, spare
         return statistics
 
@@ -276,11 +282,13 @@ class Ingest:
                     f"{at.tensor.name}, but the base has only one of them; give a base with both"
                 )
 
-    def _write_group(self, at: BlockOf, chunk_row: int, data: bytes) -> None:
+    def _write_frames(self, at: BlockOf, chunk_row: int, written: int, data: bytes) -> None:
+        """Put frames behind those committed and those of this batch, `written` bytes of them."""
         committed = (
             self._store.committed_bytes(at.tensor, at.block, chunk_row) if self._store else 0
         )
-        write_frames(self._root, arrays.DELTAS, at.tensor, chunk_row, at.block, committed, data)
+        start = committed + written
+        write_frames(self._root, arrays.DELTAS, at.tensor, chunk_row, at.block, start, data)
 
 
 @dataclass(frozen=True)

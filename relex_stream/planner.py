@@ -25,6 +25,9 @@ ENTRY_BYTES = 12
 GRAM_COLUMNS_BYTES = 24 << 20
 """Room of one worker for the columns it handles at a time in the exact route."""
 
+FRAMES_AT_HAND_BYTES = 4 << 20
+"""Frames that a worker reads, or keeps before it writes them, at a time (at least one)."""
+
 SUM_TREE_ALIVE = 16
 """Partial results alive in a sum tree of fan-in 8 (measured 13 to 16 of 2,000)."""
 
@@ -74,13 +77,21 @@ def codec_bytes(shape: ModelShape) -> int:
 def ingest_worker_bytes(shape: ModelShape, steps: int) -> int:
     """One worker of build-store, for a batch of `steps`.
 
-    Base as read, base widened, two steps, the codec, changes in weight units, up to a group of
-    frames before they are written, and the block's statistics.
+    Base as read, base widened, the state at the last stored step, two steps, a tied head, the
+    codec, a frame put together from its parts, changes in weight units, frames before they are
+    written (also joined), and the block's statistics.
     """
-    blocks = 4 * shape.largest_block_bytes
+    blocks = 6 * shape.largest_block_bytes
     values = 8 * shape.largest_block
-    frames = min(steps, STEP_GROUP) * (shape.largest_block_bytes + 64)
-    return blocks + codec_bytes(shape) + values + frames + _ingest_partial_bytes(shape, steps) * 2
+    frame = shape.largest_block_bytes + (1 << 10)
+    frames = min(steps * frame, FRAMES_AT_HAND_BYTES + frame)
+    codec = codec_bytes(shape) + 2 * frame
+    return blocks + codec + values + 2 * frames + _ingest_partial_bytes(shape, steps) * 2
+
+
+def _read_frames_bytes(shape: ModelShape) -> int:
+    """Frames being decoded, and those read before them: a view of the last one keeps them all."""
+    return 2 * (FRAMES_AT_HAND_BYTES + shape.largest_block_bytes + 64)
 
 
 def _ingest_partial_bytes(shape: ModelShape, steps: int) -> int:
@@ -111,9 +122,9 @@ def commit_batch(shape: ModelShape, checkpoint_bytes: int, rows: int, left: int)
 
 
 def sweep_worker_bytes(shape: ModelShape, entry_capacity: int) -> int:
-    """Buffers of one worker that sweeps a block: base, state, codec, a group's frames, changes."""
+    """Buffers of one worker that sweeps a block: base, state, codec, frames, changes."""
     blocks = 2 * shape.largest_block_bytes
-    frames = STEP_GROUP * (shape.largest_block_bytes + 64)
+    frames = _read_frames_bytes(shape)
     entries = ENTRY_BYTES * max(entry_capacity, shape.largest_block)
     return blocks + codec_bytes(shape) + frames + entries
 
@@ -146,9 +157,9 @@ def write_worker_bytes(shape: ModelShape, entry_capacity: int, outputs: int) -> 
 
 
 def copy_worker_bytes(shape: ModelShape) -> int:
-    """One worker of export: base, state, codec, a group's frames."""
+    """One worker of export: base, state, codec, frames."""
     blocks = 3 * shape.largest_block_bytes
-    return blocks + codec_bytes(shape) + STEP_GROUP * (shape.largest_block_bytes + 64)
+    return blocks + codec_bytes(shape) + _read_frames_bytes(shape)
 
 
 def extrapolate_shared_bytes(

@@ -78,7 +78,8 @@ def sketch_key(seed: int, name: str) -> int:
 
 @kernel
 def _sketch_kernel(positions, values, count, first_element, key, row):  # type: ignore[no-untyped-def]
-    width = np.uint64(row.size)
+    # The width is a power of two: a mask is the remainder, without a division per element.
+    bucket = np.uint64(row.size - 1)
     for i in range(count):
         # splitmix64 of (key + element): 8 bits choose the bucket, one the sign.
         x = np.uint64(key) + (np.uint64(first_element) + np.uint64(positions[i])) * np.uint64(
@@ -88,7 +89,7 @@ def _sketch_kernel(positions, values, count, first_element, key, row):  # type: 
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
         value = values[i]
-        row[x % width] += value if x >> np.uint64(63) else -value
+        row[x & bucket] += value if x >> np.uint64(63) else -value
 
 
 def sketch_changes(
@@ -114,7 +115,7 @@ def sketch_changes(
     key : int
         From `sketch_key`.
     row : ndarray of float64, shape (width,)
-        Summed into.
+        Summed into; its width is a power of two.
     """
     _sketch_kernel(positions, values, count, first_element, np.uint64(key), row)
 

@@ -164,8 +164,8 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
         os.pwrite(descriptor, holder, 0)
         os.ftruncate(descriptor, len(holder))
         os.fsync(descriptor)
-        if missing:
-            sync_file(path.parent)
+        # Also where the file was there: its maker may have been killed before this.
+        sync_file(path.parent)
         yield unfinished
         os.ftruncate(descriptor, 0)
         os.fsync(descriptor)
