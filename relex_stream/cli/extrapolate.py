@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     default=1,
     show_default=True,
     metavar="Q",
-    help="Passes over the store that refine the randomized subspace. One is within 1e-4 of the exact "
-    "rank-1 result; take 2 or 3 for higher ranks.",
+    help="Passes over the store that refine the randomized subspace. One is within 1e-4 of the "
+    "exact rank-1 result; take 2 or 3 for higher ranks.",
 )
 @click.option(
     "--fit",

@@ -133,15 +133,16 @@ class StoreWriter:
                 f"{self.path} holds files that are not a store's ({', '.join(foreign[:3])}); "
                 "name another directory"
             )
-        if present and HEAD_NAME not in present:
-            # A first build was killed, perhaps before the store's own name was on the disk.
+        if HEAD_NAME not in present:
+            # Made now, or by a first build that may have been killed before this.
             _sync_parent(self.path)
 
     def _make_path(self) -> None:
-        for directory in reversed([self.path, *self.path.parents]):
+        for directory in reversed(self.path.parents):
             if not directory.exists():
                 files.make_directory(directory)
                 _sync_parent(directory)
+        files.make_directory(self.path)
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ class StoreWriter:
             if include_base:
                 self._make(self.path / arrays.BASE)
                 self._write(self.path / arrays.BASE / "zarr.json", arrays.group_document())
-        documents = []
+        documents = {}
         for tensor in tensors:
             groups = [arrays.DELTAS] if tensor.kind == "tracked" else []
             if include_base and self.store is None and tensor.kind != "tied":
@@ -170,15 +171,8 @@ class StoreWriter:
                 self._make(directory)
                 rows_here = allocated if group == arrays.DELTAS else 1
                 document = arrays.array_document(tensor, group, rows_here)
-                # Written aside and renamed: other zarr readers may have it open.
-                documents.append(directory / "zarr.json")
-                files.write_file(_partial(documents[-1]), document)
-        if self.store is not None:
-            # They replace documents of steps that exist, so they must not be torn at any moment.
-            files.sync_many(self.path, map(_partial, documents))
-        for path in documents:
-            files.rename(_partial(path), path)
-        self._written += documents
+                documents[directory / "zarr.json"] = document
+        self._put_documents(documents)
 
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""
@@ -277,68 +271,68 @@ class StoreWriter:
     def sweep(self) -> None:
         """Remove what HEAD does not reach: tails of chunks, whole chunks, records, blobs, arrays.
 
-        Only names of the kinds a store makes are touched. What is removed does not come back when
-        the power fails, so that a lock file which says "clean" is right.
+        Only names of the kinds a store makes are touched. All of it is then synced, also what an
+        earlier sweep did that was killed, so that a lock file which says "clean" is right even
+        after a power failure.
         """
         store = self.store
         records, blobs, chunks = _reachable(store) if store else (set(), set(), {})
-        changed: set[Path] = set()
-        self._remove_unnamed("commits", _RECORD, records, changed)
-        self._remove_unnamed("blobs", _BLOB, blobs, changed)
+        self._remove_unnamed("commits", _RECORD, records)
+        self._remove_unnamed("blobs", _BLOB, blobs)
         for group in (arrays.DELTAS, arrays.BASE):
-            self._sweep_group(group, chunks, changed)
-        self._remove(self.path / (HEAD_NAME + ".partial"), changed)
-        if changed:
-            files.sync_many(self.path, sorted(changed))
+            self._sweep_group(group, chunks)
+        files.remove_file(self.path / (HEAD_NAME + ".partial"))
         if store is not None:
-            self._rewrite_array_documents(store)
+            self._put_documents(_stale_documents(store))
+        files.sync_many(self.path, self.path.rglob("*"))
 
-    def _sweep_group(self, group: str, chunks: dict[str, int], changed: set[Path]) -> None:
+    def _sweep_group(self, group: str, chunks: dict[str, int]) -> None:
         known = _array_directories(self.store, group) if self.store else set()
         for directory in sorted(path for path in (self.path / group).glob("*") if path.is_dir()):
             for path in sorted(directory.iterdir()):
                 if path.name.startswith("c."):
                     size = chunks.get(path.relative_to(self.path).as_posix(), 0)
                     if size == 0:
-                        self._remove(path, changed)
+                        files.remove_file(path)
                     elif path.stat().st_size > size:
                         files.truncate_file(path, size)
-                        changed.add(path)
                 elif path.name == "zarr.json.partial" or (
                     path.name == "zarr.json" and directory.name not in known
                 ):
-                    self._remove(path, changed)
+                    files.remove_file(path)
             if directory.name not in known:
                 files.remove_directory(directory)
-                changed.add(directory.parent)
-                changed.discard(directory)
         if group == arrays.BASE and not known:
-            self._remove(self.path / group / "zarr.json", changed)
+            files.remove_file(self.path / group / "zarr.json")
             files.remove_directory(self.path / group)
-            changed.discard(self.path / group)
 
-    def _remove_unnamed(
-        self, directory: str, kind: re.Pattern[str], named: set[str], changed: set[Path]
-    ) -> None:
+    def _remove_unnamed(self, directory: str, kind: re.Pattern[str], named: set[str]) -> None:
         for name in sorted(os.listdir(self.path / directory)):
             if name not in named and kind.fullmatch(name):
-                self._remove(self.path / directory / name, changed)
+                files.remove_file(self.path / directory / name)
 
-    def _remove(self, path: Path, changed: set[Path]) -> None:
-        if path.exists():
-            files.remove_file(path)
-            changed.add(path.parent)
+    def _put_documents(self, documents: dict[Path, bytes]) -> None:
+        """Replace ``zarr.json`` of arrays; each is whole at any moment, for other zarr readers."""
+        for path, document in documents.items():
+            files.write_file(_partial(path), document)
+        if documents and self.store is not None:
+            files.sync_many(self.path, map(_partial, documents))
+        for path in documents:
+            files.rename(_partial(path), path)
+        self._written += documents
 
-    def _rewrite_array_documents(self, store: Store) -> None:
-        # A killed run may have grown them, or left one torn; fast paths never read them.
-        rows = arrays.allocated_rows(len(store.steps))
-        for tensor in store.manifest.tensors:
-            if tensor.kind != "tracked":
-                continue
-            path = self.path / arrays.DELTAS / arrays.array_name(tensor.name) / "zarr.json"
+
+def _stale_documents(store: Store) -> dict[Path, bytes]:
+    """Return the ``zarr.json`` of delta arrays that a killed run grew, or a drop left too large."""
+    rows = arrays.allocated_rows(len(store.steps))
+    documents = {}
+    for tensor in store.manifest.tensors:
+        if tensor.kind == "tracked":
+            path = store.path / arrays.DELTAS / arrays.array_name(tensor.name) / "zarr.json"
             document = arrays.array_document(tensor, arrays.DELTAS, rows)
             if not path.exists() or path.read_bytes() != document:
-                files.replace_file(path, document)
+                documents[path] = document
+    return documents
 
 
 def _sync_parent(path: Path) -> None:

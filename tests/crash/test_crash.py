@@ -432,7 +432,7 @@ def test_nothing_committed_is_lost(tmp_path, make, syncfs):
 def test_nothing_committed_is_lost_in_many_more_states(tmp_path, make, syncfs, seed):
     judge = _sweep_states(tmp_path, make, syncfs=syncfs, subsets=12, seed=seed + 1)
     judge.report()
-    assert judge.tried > 500
+    assert judge.tried - judge.skipped > 150
 
 
 # --- a crash after a crash -----------------------------------------------------------------------
@@ -474,7 +474,9 @@ def _twice(judge: Judge, crash: Crash, *, lose_power: bool, every: int, subsets:
 
 
 @pytest.mark.parametrize("syncfs", [True, False], ids=["syncfs", "fsync"])
-@pytest.mark.parametrize("make", [first_build_then_another, append_then_another, drop_then_append])
+@pytest.mark.parametrize(
+    "make", [first_build, first_build_then_another, append_then_another, drop_then_append]
+)
 def test_a_crash_after_a_crash_loses_nothing(tmp_path, make, syncfs):
     judge = Judge(tmp_path, make, syncfs=syncfs)
     _crash_twice(judge, moments=5, every=11, subsets=1)
@@ -489,7 +491,7 @@ def test_a_crash_after_a_crash_loses_nothing_at_many_moments(tmp_path, make, syn
     judge = Judge(tmp_path, make, syncfs=syncfs)
     _crash_twice(judge, moments=15, every=3, subsets=3)
     judge.report()
-    assert judge.tried > 300
+    assert judge.tried > 200
 
 
 def _crash_twice(judge: Judge, *, moments: int, every: int, subsets: int) -> None:
