@@ -104,7 +104,7 @@ def ingest_shared_bytes(
     """Count what all workers of build-store share for a batch: sums, results, tables."""
     tree = min(largest_tensor_blocks, SUM_TREE_ALIVE) * _ingest_partial_bytes(shape, steps)
     results = steps * (shape.sketched * (2 * shape.sketch_width + 4) + shape.tensors * 20)
-    tables = (rows + 2 * steps) * shape.blocks * 12
+    tables = (rows + 2 * steps) * shape.blocks * 16
     places = steps * shape.tensors * 12
     return tree + 2 * results + tables + places
 
@@ -166,7 +166,7 @@ def extrapolate_shared_bytes(
     shape: ModelShape, rows: int, basis: int, outputs: int, exact_tensors: int
 ) -> int:
     """Count what all workers share: tables, sums in flight, each tensor's small matrices."""
-    tables = rows * (shape.blocks * 12 + shape.tensors * 8)
+    tables = rows * (shape.blocks * 16 + shape.tensors * 8)
     passes = 3 * 8 * rows * basis * shape.tensors
     grams = (SUM_TREE_ALIVE + 2) * 8 * rows * rows if exact_tensors else 0
     weights = 2 * 8 * rows * outputs * shape.tensors
