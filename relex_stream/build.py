@@ -406,9 +406,9 @@ class _Job:
                 change_sq[tensor.index] = result.change_sq[index]
                 delta_sq[tensor.index] += result.delta_sq_growth[index]
                 nonfinite |= bool(result.nonfinite[index])
-                if result.sketch is not None:
-                    sketch[tensor.sketch_row] = result.sketch[index]
-                    scale[tensor.sketch_row] = result.scale[index]
+                if result.packed_sketch is not None:
+                    sketch[tensor.sketch_row] = result.packed_sketch[index]
+                    scale[tensor.sketch_row] = result.sketch_scale[index]
             # A sum of growths may end a rounding below zero where all deltas went back to zero.
             delta_sq = np.maximum(delta_sq, 0.0)
             commits.append(

@@ -12,9 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +29,17 @@ from relex_stream.blocks import (
     model_shape,
     open_base,
 )
-from relex_stream.errors import FitError, OptionError, RelexStreamWarning
-from relex_stream.fit import FITS, hat_vector, output_weights, r_squared
+from relex_stream.errors import RelexStreamWarning
+from relex_stream.fit import hat_vector, output_weights, r_squared
 from relex_stream.graph import grouped, run_groups
 from relex_stream.paths import refuse_inside
+from relex_stream.request import Request, check_request
 from relex_stream.sketch import Subspace, add_weighted_rows, cumulate_transposed
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
-from relex_stream.store.read import describe_steps
 from relex_stream.store.records import StoredTensor
 from relex_stream.subspaces import (
-    SVD_ROUTES,
     SubspaceOptions,
     basis_columns,
     changed_blocks,
@@ -58,80 +55,6 @@ from relex_stream.writer import MARKER, OutputDirectory
 Float64 = NDArray[np.float64]
 
 _OWN_FILES = ("README.md", MARKER)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, checked."""
-
-    targets: tuple[int, ...]
-    history: tuple[int, ...]
-    rank: int
-    svd: str
-    power_iterations: int
-    fit: str
-
-    @property
-    def options(self) -> SubspaceOptions:
-        """The part that the statistics need."""
-        return SubspaceOptions(len(self.history), self.rank, self.svd, self.power_iterations)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The part that goes into records, by name."""
-        return {
-            "history": list(self.history),
-            "rank": self.rank,
-            "svd": self.svd,
-            "power_iterations": self.power_iterations,
-            "fit": self.fit,
-        }
-
-
-def check_request(
-    store: Store,
-    *,
-    target_steps: Sequence[int],
-    history_steps: int | None,
-    rank: int,
-    svd: str,
-    power_iterations: int,
-    fit: str,
-) -> Request:
-    """Check the options against the store.
-
-    Raises
-    ------
-    OptionError, FitError
-        Naming the option and what it may be.
-    """
-    targets = tuple(target_steps)
-    if not targets:
-        raise OptionError("name at least one --target-step")
-    if len(set(targets)) != len(targets):
-        raise OptionError("a --target-step is given twice")
-    if min(targets) < 1:
-        raise OptionError(f"--target-step must be at least 1, not {min(targets)}")
-    if svd not in SVD_ROUTES:
-        raise OptionError(f"--svd must be one of {', '.join(SVD_ROUTES)}, not {svd!r}")
-    if fit not in FITS:
-        raise OptionError(f"--fit must be one of {', '.join(FITS)}, not {fit!r}")
-    if power_iterations < 1:
-        raise OptionError(f"--power-iterations must be at least 1, not {power_iterations}")
-    limit = history_steps if history_steps is not None else max(store.steps, default=0)
-    history = tuple(step for step in store.steps if step <= limit)
-    if not history:
-        raise FitError(
-            f"no checkpoint of {store.path} is at step {limit} or before; "
-            f"it holds {describe_steps(store.steps)}"
-        )
-    if not 1 <= rank <= len(history):
-        raise OptionError(
-            f"--rank must be from 1 to the number of checkpoints in the history "
-            f"({len(history)}), not {rank}"
-        )
-    hat_vector(history, targets[0], fit)  # refuses a history too short for the fit
-    return Request(targets, history, rank, svd, power_iterations, fit)
 
 
 class BlockWrite:

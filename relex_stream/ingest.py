@@ -292,29 +292,20 @@ class Ingest:
 
 
 @dataclass(frozen=True)
-class TensorResult:
-    """The statistics of a whole tensor, small: sketches rounded as they are stored."""
+class TensorResult(BlockStatistics):
+    """The statistics of a whole tensor, its sketch rounded as it is stored (``sketch`` is None)."""
 
-    frame_bytes: NDArray[np.uint32]
-    frame_crc: NDArray[np.uint32]
-    changed: NDArray[np.uint32]
-    source_crc: NDArray[np.uint32]
-    base_crc: NDArray[np.uint32]
-    base_frame_bytes: NDArray[np.uint32]
-    nonfinite: NDArray[np.bool_]
-    change_sq: NDArray[np.float64]
-    delta_sq_growth: NDArray[np.float64]
-    sketch: NDArray[np.float16] | None
-    scale: NDArray[np.float32]
+    packed_sketch: NDArray[np.float16] | None
+    sketch_scale: NDArray[np.float32]
 
     @classmethod
     def of(cls, statistics: BlockStatistics) -> TensorResult:
-        """Round the sketches; all else is kept."""
-        sketch = None
+        """Round the sketch; all else is kept."""
+        packed = None
         scale = np.zeros(len(statistics.change_sq), np.float32)
         if statistics.sketch is not None:
-            sketch = np.zeros(statistics.sketch.shape, np.float16)
+            packed = np.zeros(statistics.sketch.shape, np.float16)
             for row, values in enumerate(statistics.sketch):
-                sketch[row], scale[row] = pack_sketch(values)
-        fields = {k: v for k, v in statistics.__dict__.items() if k != "sketch"}
-        return cls(**fields, sketch=sketch, scale=scale)
+                packed[row], scale[row] = pack_sketch(values)
+        kept = statistics.__dict__ | {"sketch": None}
+        return cls(**kept, packed_sketch=packed, sketch_scale=scale)

@@ -73,12 +73,13 @@ ROOMS = {
     "ingest": Room(BELOW_STAGES | {"matching"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES, {"numpy"}),
+    "request": Room({"fit", "store", "subspaces"}),
     "cards": Room({"_version", "store"}, {"numpy"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
     "extrapolation": Room(
-        BELOW_STAGES | {"assemble", "cards", "subspaces", "warmup"}, {"numpy"} | CHECKSUM
+        BELOW_STAGES | {"assemble", "cards", "request", "subspaces", "warmup"}, {"numpy"} | CHECKSUM
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     # For Python callers.
