@@ -90,17 +90,23 @@ class BlockCheck:
     def _check_chunk(self, at: BlockOf, start: int, found: _Found) -> None:
         stop = min(start + STEP_GROUP, len(self._store.steps))
         try:
-            frames = self._store.read_frames(at.tensor, at.block, start, stop)
-        except CorruptionError as error:
-            found.problems.append(f"tensor {at.tensor.name}, block {at.block}: {error}")
-            return
+            self._check_rows(at, start, stop, found)
+        except CorruptionError:
+            # Something in the chunk is damaged: look at each row by itself to name them all.
+            problems = []
+            for row in range(start, stop):
+                try:
+                    self._check_rows(at, row, row + 1, found)
+                except CorruptionError as error:
+                    problems.append(str(error))
+            found.problems.extend(dict.fromkeys(problems))
+
+    def _check_rows(self, at: BlockOf, start: int, stop: int, found: _Found) -> None:
+        frames = self._store.read_frames(at.tensor, at.block, start, stop)
         for row, frame in frames:
-            try:
-                decode_committed(self._store, at, row, frame, self._local.workspace)
-            except CorruptionError as error:
-                found.problems.append(str(error))
-            found.frames += 1
-            found.frame_bytes += len(frame)
+            decode_committed(self._store, at, row, frame, self._local.workspace)
+        found.frames += len(frames)
+        found.frame_bytes += sum(len(frame) for _, frame in frames)
 
 
 def verify_store(

@@ -368,7 +368,7 @@ def test_lost_chunks_are_named(store, run, tmp_path, damage):
 
 
 def test_swapped_chunks_are_refused(store, tmp_path):
-    """Whole frames in the wrong place: their own checksums hold, those of the weights do not."""
+    """Whole frames in the wrong place: their own checksums hold, those of the commits do not."""
     tensor = Store(store).tensors["a.weight"]
     one, other = (store / arrays.chunk_key(arrays.DELTAS, tensor, 0, block) for block in (0, 1))
     spare = store / "spare"
@@ -377,6 +377,11 @@ def test_swapped_chunks_are_refused(store, tmp_path):
     spare.rename(other)
     with pytest.raises(CorruptionError, match=r"a\.weight"):
         api.export(store, tmp_path / "out", step=16)
+    with pytest.raises(CorruptionError, match=r"a\.weight"):
+        api.extrapolate(store, tmp_path / "out", target_steps=[30])
+    problems = api.verify(store).problems
+    for block in (0, 1):
+        assert any(f"tensor a.weight, block {block}:" in problem for problem in problems)
 
 
 def test_records_are_a_chain(store):

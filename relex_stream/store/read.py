@@ -237,6 +237,7 @@ class Store:
         """
         sizes = self.frame_bytes[:, tensor.first_block + block]
         checksums = self.frame_crc[:, tensor.first_block + block]
+        where = f"tensor {tensor.name}, block {block}"
         frames: list[tuple[int, memoryview]] = []
         for chunk_row in range(first_row // STEP_GROUP, -(-stop_row // STEP_GROUP)):
             start = chunk_row * STEP_GROUP
@@ -246,7 +247,7 @@ class Store:
                 continue
             offset = int(sizes[start:low].sum(dtype=np.int64))
             key = arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
-            data = memoryview(self._read_chunk(key, offset, wanted))
+            data = memoryview(self._read_chunk(key, offset, wanted, where))
             at = 0
             for row in range(low, high):
                 if not sizes[row]:
@@ -255,8 +256,8 @@ class Store:
                 at += len(frame)
                 if len(frame) < HEADER.size or frame_crc(frame) != checksums[row]:
                     raise CorruptionError(
-                        f"{self.path}: chunk {key} does not hold the frame committed for step "
-                        f"{self.steps[row]}"
+                        f"{self.path}: step {self.steps[row]}, {where}: "
+                        f"chunk {key} does not hold the frame that was committed"
                     )
                 frames.append((row, frame))
         return frames
@@ -267,22 +268,25 @@ class Store:
         if not size:
             return None
         key = arrays.chunk_key(arrays.BASE, tensor, 0, block)
-        return memoryview(self._read_chunk(key, 0, size))
+        where = f"base weights of tensor {tensor.name}, block {block}"
+        return memoryview(self._read_chunk(key, 0, size, where))
 
-    def _read_chunk(self, key: str, offset: int, size: int) -> bytes:
+    def _read_chunk(self, key: str, offset: int, size: int, where: str) -> bytes:
         path = self.path / key
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise CorruptionError(f"{self.path}: chunk {key} is committed but missing") from None
+            raise CorruptionError(
+                f"{self.path}: {where}: chunk {key} is committed but missing"
+            ) from None
         try:
             parts = []
             while size:
                 part = os.pread(descriptor, size, offset)
                 if not part:
                     raise CorruptionError(
-                        f"{self.path}: chunk {key} ends at byte {offset}, "
-                        f"{offset + size} bytes are committed"
+                        f"{self.path}: {where}: chunk {key} is cut short: it ends at byte "
+                        f"{os.fstat(descriptor).st_size}, committed frames go on"
                     )
                 parts.append(part)
                 offset += len(part)
