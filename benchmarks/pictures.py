@@ -27,13 +27,16 @@ def main(store: Path, out: Path) -> None:
     info = rs.info(store)
     count = np.arange(1, len(info.steps) + 1)
     checkpoints = np.cumsum([step.source_bytes for step in info.steps]) / 2**20
-    stored = np.cumsum([step.frame_bytes + step.record_bytes for step in info.steps]) / 2**20
+    per_step = [step.frame_bytes + step.record_bytes for step in info.steps]
+    # What no step alone accounts for: array metadata, side files, the manifest.
+    common = info.store_bytes - info.base_bytes_stored - sum(per_step)
+    stored = (common + np.cumsum(per_step)) / 2**20
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.plot(count, checkpoints, color="#b04a3a", label="checkpoints")
     axes.plot(count, stored, color="#2a6f8f", label="delta store")
     for values, color in ((checkpoints, "#b04a3a"), (stored, "#2a6f8f")):
         axes.annotate(
-            f"{values[-1]:,.0f} MiB" if values[-1] >= 10 else f"{values[-1]:.1f} MiB",
+            f"{values[-1]:,.0f} MiB" if values[-1] >= 100 else f"{values[-1]:.1f} MiB",
             (count[-1], values[-1]),
             xytext=(-4, -14),
             textcoords="offset points",
