@@ -134,9 +134,9 @@ def power_worker_bytes(shape: ModelShape, entry_capacity: int, basis: int) -> in
     return sweep_worker_bytes(shape, entry_capacity) + 4 * basis * shape.largest_block
 
 
-def gram_columns(rows: int, share: int = 1) -> int:
+def gram_columns(rows: int) -> int:
     """Columns of D that a worker handles at a time for a Gram matrix of `rows` steps."""
-    return max(64, GRAM_COLUMNS_BYTES // (share * 8 * max(1, rows)))
+    return max(64, GRAM_COLUMNS_BYTES // (8 * max(1, rows)))
 
 
 def gram_worker_bytes(shape: ModelShape, entry_capacity: int, rows: int) -> int:

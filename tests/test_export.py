@@ -14,6 +14,7 @@ import pytest
 
 import relex_stream as rs
 from relex_stream import build
+from relex_stream.blocks import BlockOf, BlockReader
 from tests.make_checkpoints import (
     RawTensor,
     Trajectory,
@@ -270,3 +271,22 @@ def test_damage_in_the_store_is_named_and_nothing_is_exported(tmp_path: Path) ->
     # Frames of earlier steps are whole.
     rs.export(store, tmp_path / "out", step=1)
     assert digests(tmp_path / "out") == digests(run.directories[1])
+
+
+def test_bits_that_are_not_those_ingested_are_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line of defence: the CRC-32C of the source, whatever went wrong before it."""
+    run = make_trajectory(tmp_path, steps=(1, 2), tensors=SHAPES)
+    rs.build_store(run.base, run.checkpoints, tmp_path / "store")
+    faithful = BlockReader.bits_at
+
+    def unfaithful(self: BlockReader, at: BlockOf, *arguments: object) -> object:
+        bits = faithful(self, at, *arguments)  # type: ignore[arg-type]
+        bits[-1] ^= 1
+        return bits
+
+    monkeypatch.setattr(BlockReader, "bits_at", unfaithful)
+    with pytest.raises(rs.CorruptionError, match=r"step 2, tensor .*, block .* as it was ingested"):
+        rs.export(tmp_path / "store", tmp_path / "out", step=2)
+    assert not (tmp_path / "out").exists()

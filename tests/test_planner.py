@@ -111,13 +111,13 @@ def test_a_worker_of_build_store_does_not_grow_with_the_steps_beyond_a_group():
     assert sizes[2] - sizes[1] == 99 * per_step
 
 
-@given(rows=st.integers(0, 10_000), share=st.integers(1, 8))
-def test_the_columns_of_a_gram_matrix_stay_in_their_room(rows, share):
-    columns = gram_columns(rows, share)
+@given(rows=st.integers(0, 10_000))
+def test_the_columns_of_a_gram_matrix_stay_in_their_room(rows):
+    columns = gram_columns(rows)
     assert columns >= 64
     if columns > 64:
-        assert share * 8 * max(1, rows) * columns <= planner.GRAM_COLUMNS_BYTES
-        assert share * 8 * max(1, rows) * (columns + 1) > planner.GRAM_COLUMNS_BYTES
+        assert 8 * max(1, rows) * columns <= planner.GRAM_COLUMNS_BYTES
+        assert 8 * max(1, rows) * (columns + 1) > planner.GRAM_COLUMNS_BYTES
 
 
 # --- commits -----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from relex_stream.store import Store, StoreWriter, arrays, files
 from relex_stream.store.records import decode_head, encode_head
 from tests.crash.replay import read_tree, unsynced
 from tests.crash.runs import build, check_dense, check_exports, check_whole, quick, tiny_trajectory
-from tests.make_checkpoints import Trajectory
+from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 
 STEPS = range(1, 19)
 
@@ -382,6 +382,34 @@ def test_swapped_chunks_are_refused(store, tmp_path):
     problems = api.verify(store).problems
     for block in (0, 1):
         assert any(f"tensor a.weight, block {block}:" in problem for problem in problems)
+
+
+def test_frames_alike_in_all_but_content_cannot_change_places(tmp_path):
+    """Same row, same length, same number of changes: the commit's checksum tells them apart."""
+    run = make_trajectory(tmp_path, steps=(1, 2), tensors={"a": (16,), "b": (16,)})
+    for step, distance in ((1, 1), (2, 2)):
+        moved = {name: run.bits[0][name].copy() for name in ("a", "b")}
+        moved["a"][3] += distance
+        moved["b"][9] += distance
+        tensors = {name: raw(bits, "BF16") for name, bits in moved.items()}
+        shutil.rmtree(run.directories[step])
+        write_model(run.directories[step], tensors)
+    store = tmp_path / "store"
+    api.build_store(run.base, run.checkpoints, store)
+    one, other = (store / "deltas" / name / "c.0.0" for name in ("a", "b"))
+    first, second = one.read_bytes(), other.read_bytes()
+    assert first != second
+    assert len(first) == len(second)
+    one.write_bytes(second)
+    other.write_bytes(first)
+    problems = api.verify(store).problems
+    for name in ("a", "b"):
+        assert any(f"step 1, tensor {name}, block 0:" in problem for problem in problems)
+        with pytest.raises(CorruptionError, match=f"step 1, tensor {name}, block 0"):
+            api.open_store(store).checkpoint_bits(name, 1)
+    with pytest.raises(CorruptionError, match="step 1, tensor"):
+        api.extrapolate(store, tmp_path / "out", target_steps=[30])
+    assert not (tmp_path / "out").exists()
 
 
 def test_records_are_a_chain(store):

@@ -191,11 +191,6 @@ def record_name(stem: str, data: bytes) -> RecordName:
     return RecordName(f"commits/{stem}-{crc:08x}.safetensors", crc)
 
 
-def chunk_group(row: int) -> int:
-    """Return the step group (zarr chunk row) of a row."""
-    return row // STEP_GROUP
-
-
 def _encode_record(metadata: dict[str, Any], columns: dict[str, NDArray[Any]]) -> bytes:
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
     return safetensors.numpy.save(columns, {_METADATA_KEY: text})
