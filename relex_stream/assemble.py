@@ -107,6 +107,10 @@ class Assembly:
         """Say whether any file holds this tensor."""
         return tensor.name in self._destinations
 
+    def offset_of(self, tensor: StoredTensor, start: int) -> int:
+        """Return the file offset of a tensor's element `start` in the first file that holds it."""
+        return self._destinations[tensor.name][0].offset + start * self._itemsize(tensor)
+
     def begin(self, output: OutputDirectory) -> None:
         """Make all files: side files whole, weights files at their size with their literals."""
         for entry in self._entries:

@@ -7,9 +7,11 @@ worker keeps from block to block: a fresh page of memory costs more than the wor
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,20 @@ from numpy.typing import NDArray
 from relex_stream import planner
 from relex_stream.codec import Changes, FrameCodec
 from relex_stream.errors import CorruptionError, SourceError
+from relex_stream.pages import PAGE_BYTES, page_lead
 from relex_stream.sketch import ChangeRows
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import STEP_GROUP, SourceCheckpoint, TensorPlace
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
-from relex_stream.ulp import FORMATS, Bits, FloatFormat, advance, advance_with_values, widen
+from relex_stream.sweep import BlockRows
+from relex_stream.ulp import FORMATS, Bits, FloatFormat, advance, advance_rows, widen
 
 DEFAULT_ENTRY_CAPACITY = 2 << 20
 """Changes of one block that a worker keeps between two sweeps; more are decoded again."""
+
+_RUN_CHANGES = 1 << 16
+"""Changes decoded at a time where a block has fewer elements: many steps of a small tensor."""
 
 
 class Workspace:
@@ -37,15 +44,22 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[str, NDArray[np.uint8]] = {}
 
-    def array(self, name: str, shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Return an uninitialised array in the buffer called `name`."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    def array(
+        self, name: str, shape: int | tuple[int, ...], dtype: Any, file_offset: int | None = None
+    ) -> NDArray[Any]:
+        """Return an uninitialised array in the buffer called `name`.
+
+        If it is to be read from or written to a file at `file_offset`, say so: see `pages`.
+        """
+        size = (shape if isinstance(shape, int) else math.prod(shape)) * np.dtype(dtype).itemsize
+        room = size if file_offset is None else size + PAGE_BYTES
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size:
+        if buffer is None or buffer.size < room:
             # Whole 64-bit words, so that blocks can be compared as such.
             self._buffers.pop(name, None)
-            buffer = self._buffers[name] = np.empty(-(-size // 8) * 8, np.uint8)
-        array: NDArray[Any] = buffer[:size].view(dtype).reshape(shape)
+            buffer = self._buffers[name] = np.empty(-(-room // 8) * 8, np.uint8)
+        start = 0 if file_offset is None else page_lead(buffer.ctypes.data, file_offset)
+        array: NDArray[Any] = buffer[start : start + size].view(dtype).reshape(shape)
         return array
 
 
@@ -56,12 +70,12 @@ class BlockOf:
     tensor: StoredTensor
     block: int
 
-    @property
+    @cached_property
     def start(self) -> int:
         """First element."""
         return self.tensor.block_range(self.block)[0]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of elements."""
         start, stop = self.tensor.block_range(self.block)
@@ -144,16 +158,18 @@ class BaseWeights:
         CorruptionError
             If an included base is damaged.
         """
-        out = workspace.array("base", at.elements, base_bits_dtype(at.tensor))
-        raw = out.view(np.uint8)
+        dtype = base_bits_dtype(at.tensor)
         if self._places is not None:
             assert self._reader is not None
             place = self._places[at.tensor.name]
             offset = place.offset + at.start * at.tensor.base_itemsize
-            self._reader.read(place.path, offset, raw)
+            out = workspace.array("base", at.elements, dtype, offset)
+            self._reader.read(place.path, offset, out.view(np.uint8))
         else:
             assert self._store is not None
+            out = workspace.array("base", at.elements, dtype)
             self._decode_included(at, out, workspace)
+        raw = out.view(np.uint8)
         crc: int = google_crc32c.value(raw)
         if self._expected_crc is not None and crc != int(self._expected_crc[at.column]):
             if self._places is None:
@@ -266,7 +282,8 @@ def frame_tools(workspace: Workspace, elements: int, itemsize: int) -> tuple[Fra
     kept: dict[int, tuple[FrameCodec, Changes]] = workspace.__dict__.setdefault("_frame_tools", {})
     tools = kept.get(itemsize)
     if tools is None or tools[0].elements < elements:
-        tools = kept[itemsize] = (FrameCodec(elements, itemsize), Changes(elements, itemsize))
+        changes = Changes(max(elements, _RUN_CHANGES), itemsize)
+        tools = kept[itemsize] = (FrameCodec(elements, itemsize), changes)
     return tools
 
 
@@ -332,7 +349,8 @@ class BlockReader:
     def bits_at(self, at: BlockOf, base_bits: Bits, rows: int) -> Bits:
         """Return the block's exact bit patterns after `rows` steps, in the checkpoints' dtype."""
         state = self.start_state(at, base_bits)
-        for _, changes in self.decoded(at, 0, rows):
+        for _, _, changes in self.decoded(at, rows):
+            # A step after the other: the order in which they lie there.
             advance(state, changes.positions, changes.zigzags, changes.count)
         return state
 
@@ -344,26 +362,79 @@ class BlockReader:
         """Return the block's rows of D for the first `rows` steps."""
         return BlockChanges(self, at, base_bits, rows)
 
-    def decoded(self, at: BlockOf, first: int, stop: int) -> Iterator[tuple[int, Changes]]:
-        """Yield rows and their changes, in one buffer."""
-        for low, high in self._runs(at, first, stop):
-            for row, frame in self.store.read_frames(at.tensor, at.block, low, high):
-                changes = decode_committed(self.store, at, row, frame, self.workspace)
-                yield row, changes
+    def decoded(self, at: BlockOf, stop: int) -> Iterator[tuple[list[int], list[int], Changes]]:
+        """Yield the changes of rows below `stop`, some rows at a time, in one buffer.
 
-    def _runs(self, at: BlockOf, first: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut rows into runs to read at a time: a group of steps, fewer where frames are large."""
+        Yields
+        ------
+        rows : list of int
+            Rows in which the block changed, ascending.
+        counts : list of int
+            Changes of each.
+        changes : Changes
+            Theirs, one row behind the other.
+        """
+        codec, changes = frame_tools(self.workspace, at.tensor.block_elements, at.tensor.itemsize)
+        # Lists: of few steps, arrays cost more than the work, and tensors may be very many.
+        counts = self.store.changed[:stop, at.column].tolist()
         sizes = self.store.frame_bytes[:stop, at.column].tolist()
-        low, size = first, 0
-        for row in range(first, stop):
-            if row > low and (
-                row % STEP_GROUP == 0 or size + sizes[row] > planner.FRAMES_AT_HAND_BYTES
+        checksums = self.store.frame_crc[:stop, at.column].tolist()
+        for rows in self._runs(at, counts, sizes):
+            frames = self.workspace.array("frames", sum(sizes[row] for row in rows), np.uint8)
+            expected = [
+                [row % STEP_GROUP for row in rows],
+                [counts[row] for row in rows],
+                [checksums[row] for row in rows],
+            ]
+            each = np.array([sizes[row] for row in rows], np.int64)
+            low, high = rows[0], rows[-1] + 1
+            try:
+                self.store.read_run(at.tensor, at.block, low, sizes[low:high], frames)
+                found = codec.decode_frames(frames, each, at.elements, changes).tolist()
+            except CorruptionError:
+                found = []
+            if found != expected:
+                # One by one, which finds the frame that is wrong and names it.
+                for row, frame in self.store.read_frames(at.tensor, at.block, low, high):
+                    decode_committed(self.store, at, row, frame, self.workspace)
+                raise CorruptionError(
+                    f"{self.store.path}: tensor {at.tensor.name}, block {at.block} was damaged "
+                    "when it was first read, and a moment later it was not; verify the store"
+                )
+            yield rows, expected[1], changes
+
+    @staticmethod
+    def _runs(at: BlockOf, counts: list[int], sizes: list[int]) -> Iterator[list[int]]:
+        """Cut rows with frames into runs at hand together: by bytes of frames, and by changes."""
+        capacity = max(at.elements, _RUN_CHANGES)
+        run: list[int] = []
+        size = count = 0
+        for row, frame_bytes in enumerate(sizes):
+            if not frame_bytes:
+                continue
+            if run and (
+                size + frame_bytes > planner.FRAMES_AT_HAND_BYTES or count + counts[row] > capacity
             ):
-                yield low, row
-                low, size = row, 0
-            size += sizes[row]
-        if low < stop:
-            yield low, stop
+                yield run
+                run, size, count = [], 0, 0
+            run.append(row)
+            size += frame_bytes
+            count += counts[row]
+        if run:
+            yield run
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some columns of a block's rows of D."""
+
+    first: int
+    columns: int
+    _batches: Callable[[], Iterator[ChangeRows]]
+
+    def batches(self) -> Iterator[ChangeRows]:
+        """Yield all rows, cut to these columns, in batches; each is valid until the next."""
+        return self._batches()
 
 
 class BlockChanges:
@@ -371,6 +442,11 @@ class BlockChanges:
 
     If all fit the reader's capacity they are decoded once and kept, else decoded again for
     every sweep: memory depends on the capacity, not on the number of steps.
+
+    Attributes
+    ----------
+    fits : bool
+        Whether they are kept.
     """
 
     def __init__(self, reader: BlockReader, at: BlockOf, base_bits: Bits, rows: int) -> None:
@@ -380,50 +456,84 @@ class BlockChanges:
         self._rows = rows
         self.entries = reader.entries(at, rows)
         self.fits = self.entries <= reader.entry_capacity
-        self._kept: ChangeRows | None = None
+
+    def at_hand(self) -> BlockRows:
+        """Decode all changes, for the kernels of `sweep`; they must fit."""
+        ((changes, zigzags),) = self._decode()
+        return BlockRows(
+            state=self._reader.start_state(self._at, self._base_bits),
+            format_number=self._at.format.number,
+            rows=changes.rows,
+            starts=changes.starts,
+            ends=changes.ends,
+            positions=changes.positions,
+            zigzags=zigzags,
+            values=changes.values,
+        )
 
     def batches(self) -> Iterator[ChangeRows]:
-        """Yield all rows in order, in batches; each is valid until the next is asked for."""
-        if self._kept is not None:
-            yield self._kept
+        """Sweep the block: yield all rows, some at a time, each valid until the next."""
+        return self._sweep(0, self._at.elements)
+
+    def tiles(self, columns: int) -> Iterator[Tile]:
+        """Cut the block into tiles of `columns`, from left to right."""
+        elements = self._at.elements
+        if not self.fits:
+            for first in range(0, elements, columns):
+                width = min(columns, elements - first)
+                yield Tile(first, width, partial(self._sweep, first, width))
             return
-        for batch in self._decode():
-            if self.fits:
-                self._kept = batch
-            yield batch
+        state = self._reader.start_state(self._at, self._base_bits)
+        for changes, zigzags in self._decode():
+            rest = changes
+            for first in range(0, elements, columns):
+                width = min(columns, elements - first)
+                rest, here = rest.split(first + width)
+                self._measure(state, here, zigzags)
+                yield Tile(first, width, partial(_once, here))
 
-    def _decode(self) -> Iterator[ChangeRows]:
-        at, reader = self._at, self._reader
-        capacity = min(max(self.entries, 1), max(reader.entry_capacity, at.elements))
-        positions = reader.workspace.array("positions", capacity, np.uint32)
-        values = reader.workspace.array("values", capacity, np.float64)
-        state = reader.start_state(at, self._base_bits)
+    def _sweep(self, first: int, columns: int) -> Iterator[ChangeRows]:
+        state = self._reader.start_state(self._at, self._base_bits)
+        for changes, zigzags in self._decode():
+            self._measure(state, changes, zigzags)
+            right, _ = changes.split(first)
+            yield right.split(first + columns)[1]
+
+    def _measure(self, state: Bits, changes: ChangeRows, zigzags: Bits) -> None:
+        """Make the changes to `state`, in order, and fill in their values."""
+        advance_rows(
+            state,
+            changes.starts,
+            changes.ends,
+            changes.positions,
+            zigzags,
+            self._at.format.number,
+            changes.values,
+        )
+
+    def _decode(self) -> Iterator[tuple[ChangeRows, Bits]]:
+        """Yield rows without their values yet, and the differences those are made from."""
+        at, workspace = self._at, self._reader.workspace
+        at_least = max(at.elements, _RUN_CHANGES)
+        capacity = min(max(self.entries, 1), max(self._reader.entry_capacity, at_least))
+        positions = workspace.array("positions", capacity, np.uint32)
+        zigzags = workspace.array("zigzags", capacity, at.format.bits_dtype)
+        values = workspace.array("values", capacity, np.float64)
         rows: list[int] = []
-        starts = [0]
-        for row, changes in reader.decoded(at, 0, self._rows):
-            used = starts[-1]
+        counts: list[int] = []
+        used = 0
+        for some_rows, some_counts, changes in self._reader.decoded(at, self._rows):
             if used + changes.count > capacity:
-                yield _change_rows(rows, starts, positions, values)
-                rows, starts, used = [], [0], 0
+                yield ChangeRows.of(rows, counts, positions, values), zigzags
+                rows, counts, used = [], [], 0
             end = used + changes.count
-            advance_with_values(
-                state,
-                changes.positions,
-                changes.zigzags,
-                changes.count,
-                at.format.number,
-                values[used:end],
-            )
             positions[used:end] = changes.positions[: changes.count]
-            rows.append(row)
-            starts.append(end)
-        yield _change_rows(rows, starts, positions, values)
+            zigzags[used:end] = changes.zigzags[: changes.count]
+            rows += some_rows
+            counts += some_counts
+            used = end
+        yield ChangeRows.of(rows, counts, positions, values), zigzags
 
 
-def _change_rows(
-    rows: list[int], starts: list[int], positions: NDArray[np.uint32], values: NDArray[np.float64]
-) -> ChangeRows:
-    used = starts[-1]
-    return ChangeRows(
-        np.array(rows, np.int64), np.array(starts, np.int64), positions[:used], values[:used]
-    )
+def _once(rows: ChangeRows) -> Iterator[ChangeRows]:
+    yield rows

@@ -103,7 +103,7 @@ def build(
         ]
         shape = model_shape(tensors, sketch_width)
         if places:
-            warm_up_encoding(tensors)
+            warm_up_encoding(tensors, progress)
         job = _Job(
             writer=writer,
             reader=reader,
@@ -115,13 +115,13 @@ def build(
             seed=seed,
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
+            memory_limit=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
             progress=progress,
         )
         plan = job.plan(
             places,
             asked_workers,
             workers_fixed=workers is not None,
-            memory_limit=memory_limit,
             commit_steps=commit_steps,
         )
         added = job.run(places, plan, commit_steps)
@@ -218,6 +218,7 @@ class _Job:
         seed: int,
         include_base: bool,
         allow_nonfinite: bool,
+        memory_limit: int,
         progress: Progress,
     ) -> None:
         self._writer = writer
@@ -230,6 +231,7 @@ class _Job:
         self._seed = seed
         self._include_base = include_base
         self._allow_nonfinite = allow_nonfinite
+        self._memory_limit = memory_limit
         self._progress = progress
 
     @property
@@ -239,7 +241,13 @@ class _Job:
     def _batch_steps(
         self, places: Sequence[CheckpointPlaces], rows: int, commit_steps: int | None
     ) -> int:
-        steps = planner.commit_batch(self._shape, places[0].nbytes, rows, len(places))
+        steps = planner.commit_batch(
+            self._shape,
+            places[0].nbytes,
+            rows,
+            len(places),
+            planner.statistics_bytes(self._memory_limit),
+        )
         return min(steps, commit_steps) if commit_steps else steps
 
     def plan(
@@ -248,7 +256,6 @@ class _Job:
         workers: int,
         *,
         workers_fixed: bool,
-        memory_limit: int | None,
         commit_steps: int | None,
     ) -> Plan:
         """Project the memory of the widest batch."""
@@ -272,7 +279,7 @@ class _Job:
             [stage],
             reserved_bytes=machine.resident_bytes(),
             shared_bytes=shared,
-            memory_limit_bytes=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
+            memory_limit_bytes=self._memory_limit,
             workers=workers,
             workers_fixed=workers_fixed,
         )
@@ -311,13 +318,19 @@ class _Job:
             tied_tensors=[tensor for tensor in self._tensors if tensor.kind == "tied"],
         )
         batch_files = [self._keep_files(place) for place in batch]
+        first = batch[0]
+        # As they lie in the files: what the system reads ahead is then wanted next.
+        by_place = sorted(
+            (tensor for tensor in self._tensors if tensor.blocks),
+            key=lambda tensor: (first.file_of[tensor.index], first.offset_of[tensor.index]),
+        )
         groups = grouped(
             (
                 tensor.index,
                 [BlockOf(tensor, block) for block in range(tensor.blocks)],
                 lambda at: at.elements * at.tensor.itemsize * len(batch),
             )
-            for tensor in self._tensors
+            for tensor in by_place
         )
         steps = f"steps {batch[0].step} to {batch[-1].step}"
         results: dict[Hashable, TensorResult] = run_groups(

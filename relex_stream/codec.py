@@ -23,21 +23,34 @@ from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
-from numcodecs import zstd
+from numba import njit
 from numpy.typing import NDArray
 
+from relex_stream import checksum, zstd
 from relex_stream.errors import CorruptionError
+from relex_stream.intrinsics import load_word
 from relex_stream.kernels import kernel
 from relex_stream.ulp import Bits, find_changes
 
 HEADER = struct.Struct("<BBBBIIIII")
 """row, kind, rice_bits, flags, count, main_bytes, extra_bytes, extra_raw_bytes, crc32c."""
 
-_CRC_FIELD = struct.Struct("<I")
+HEADER_BYTES = HEADER.size
+
+_CRC_AT = HEADER.size - 4
 _SPARSE, _DENSE = 1, 2
 _MAIN_ZSTD, _EXTRA_ZSTD = 1, 2
 _ZSTD_LEVEL = 1
+_ZSTD_FROM_BYTES = 17  # fewer are never worth a zstd frame
+
+_SPARSE_SHARE = 0.125
+"""Up to this share of changed elements no dense frame is smaller than a sparse one."""
+
 _MAX_VARINT = 5  # bytes of a 32-bit varint; an element has at most two of them
+_STREAM_BYTES = 1 + 2 + 2 * _MAX_VARINT
+"""Most bytes of a changed element in the three streams: symbol, low bits, varints."""
+
+_SPARE = 8  # bytes behind the streams: low bits are read a word at a time
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,14 @@ class FrameHeader:
         return HEADER.size + self.main_bytes + self.low_bytes + self.extra_bytes
 
 
-@kernel
+@njit
+def _rice_parameter(count, elements):  # type: ignore[no-untyped-def]
+    # The split that minimises the cost for geometric gaps: k = floor(log2(mean gap * ln 2)).
+    mean_gap = (elements - count) / count
+    return min(15, max(0, math.floor(math.log2(max(mean_gap * math.log(2.0), 1.0)))))
+
+
+@njit
 def _pack_sparse(positions, zigzags, count, rice_bits, symbols, low, extra):  # type: ignore[no-untyped-def]
     """Write the three streams of a sparse frame; return the bytes used of `extra`."""
     next_position = np.int64(0)
@@ -106,28 +126,21 @@ def _pack_sparse(positions, zigzags, count, rice_bits, symbols, low, extra):  # 
     return extra_used
 
 
-@kernel
-def _unpack_sparse(symbols, low, extra, count, rice_bits, elements, positions, zigzags):  # type: ignore[no-untyped-def]
+@njit
+def _unpack_sparse(symbols, low, extra, rice_bits, elements, positions, zigzags):  # type: ignore[no-untyped-def]
     """Undo `_pack_sparse`; return False when the streams do not describe a block of `elements`.
 
-    The caller has checked the lengths of `symbols` and `low`; `extra`, positions and values are
-    checked here, because a varint can say anything.
+    `low` has 8 bytes more than the low bits fill, of any content. `extra`, positions and values
+    are checked here, because a varint can say anything.
     """
     next_position = np.uint64(0)
     extra_used = 0
-    pending = np.uint64(0)
-    pending_bits = 0
-    low_used = 0
+    bit = np.int64(0)
     rice_mask = np.uint64((1 << rice_bits) - 1)
     limit = np.uint64(1) << np.uint64(8 * zigzags.itemsize)
-    for i in range(count):
-        while pending_bits < rice_bits:
-            pending |= np.uint64(low[low_used]) << np.uint64(pending_bits)
-            low_used += 1
-            pending_bits += 8
-        gap = pending & rice_mask
-        pending >>= np.uint64(rice_bits)
-        pending_bits -= rice_bits
+    for i in range(symbols.size):
+        gap = (load_word(low, bit >> 3) >> np.uint64(bit & 7)) & rice_mask
+        bit += rice_bits
         symbol = np.uint64(symbols[i])
         high = symbol >> np.uint64(4)
         value = symbol & np.uint64(15)
@@ -138,11 +151,11 @@ def _unpack_sparse(symbols, low, extra, count, rice_bits, elements, positions, z
                 while True:
                     if extra_used >= extra.size or shift > np.uint64(28):
                         return False
-                    byte = np.uint64(extra[extra_used])
+                    digit = np.uint64(extra[extra_used])
                     extra_used += 1
-                    rest |= (byte & np.uint64(127)) << shift
+                    rest |= (digit & np.uint64(127)) << shift
                     shift += np.uint64(7)
-                    if byte < np.uint64(128):
+                    if digit < np.uint64(128):
                         break
                 if part == 0:
                     high += rest
@@ -158,7 +171,7 @@ def _unpack_sparse(symbols, low, extra, count, rice_bits, elements, positions, z
     return extra_used == extra.size
 
 
-@kernel
+@njit
 def _split_dense(positions, zigzags, count, planes):  # type: ignore[no-untyped-def]
     """Scatter `count` differences into byte planes, shape (itemsize, b); the rest is zero."""
     planes[:] = 0
@@ -168,28 +181,305 @@ def _split_dense(positions, zigzags, count, planes):  # type: ignore[no-untyped-
             planes[byte, positions[i]] = (code >> np.uint32(8 * byte)) & np.uint32(0xFF)
 
 
-@kernel
+@njit
 def _join_dense(planes, positions, zigzags):  # type: ignore[no-untyped-def]
-    """Gather the nonzero differences of byte planes; return their number."""
+    """Gather the nonzero differences of byte planes; return their number, -1 if too many."""
     found = 0
     for i in range(planes.shape[1]):
         code = np.uint32(0)
         for byte in range(planes.shape[0]):
             code |= np.uint32(planes[byte, i]) << np.uint32(8 * byte)
         if code != np.uint32(0):
+            if found == positions.size:
+                return -1
             positions[found] = i
             zigzags[found] = code
             found += 1
     return found
 
 
-class Changes:
-    """Room for the changes of one block at one step: positions and zigzag differences.
+@njit
+def _put_number(out, at, value):  # type: ignore[no-untyped-def]
+    for byte in range(4):
+        out[at + byte] = (np.uint32(value) >> np.uint32(8 * byte)) & np.uint32(0xFF)
+
+
+@njit
+def _get_number(raw, at):  # type: ignore[no-untyped-def]
+    value = np.uint32(0)
+    for byte in range(4):
+        value |= np.uint32(raw[at + byte]) << np.uint32(8 * byte)
+    return np.int64(value)
+
+
+@njit
+def _put_stream(handles, raw, out):  # type: ignore[no-untyped-def]
+    """Write a stream, compressed where that is smaller; return its bytes and whether it was."""
+    if raw.size >= _ZSTD_FROM_BYTES:
+        # With room for more than `raw`: zstd gives up where its result might not fit.
+        size = zstd.compress(handles, raw, _ZSTD_LEVEL, out)
+        if 0 <= size < raw.size:
+            return size, True
+    out[: raw.size] = raw
+    return raw.size, False
+
+
+@njit
+def _seal(row, kind, rice_bits, flags, count, sizes, out):  # type: ignore[no-untyped-def]
+    """Write the header before a payload that is in place; return the bytes of the frame."""
+    main_bytes, low_bytes, extra_bytes, extra_raw_bytes = sizes
+    out[0], out[1], out[2], out[3] = row, kind, rice_bits, flags
+    _put_number(out, 4, count)
+    _put_number(out, 8, main_bytes)
+    _put_number(out, 12, extra_bytes)
+    _put_number(out, 16, extra_raw_bytes)
+    end = HEADER_BYTES + main_bytes + low_bytes + extra_bytes
+    crc = checksum.extend(np.uint32(0), out[:_CRC_AT])
+    crc = checksum.extend(crc, out[HEADER_BYTES:end])
+    _put_number(out, _CRC_AT, crc)
+    return end
+
+
+@njit
+def _put_sparse(row, positions, zigzags, count, elements, streams, handles, out):  # type: ignore[no-untyped-def]
+    rice_bits = _rice_parameter(count, elements)
+    low_bytes = (count * rice_bits + 7) // 8
+    extra_at = count + low_bytes
+    extra_raw_bytes = _pack_sparse(
+        positions,
+        zigzags,
+        count,
+        rice_bits,
+        streams[:count],
+        streams[count:extra_at],
+        streams[extra_at:],
+    )
+    main_bytes, main_packed = _put_stream(handles, streams[:count], out[HEADER_BYTES:])
+    at = HEADER_BYTES + main_bytes
+    out[at : at + low_bytes] = streams[count:extra_at]
+    at += low_bytes
+    extra = streams[extra_at : extra_at + extra_raw_bytes]
+    extra_bytes, extra_packed = _put_stream(handles, extra, out[at:])
+    flags = _MAIN_ZSTD * main_packed | _EXTRA_ZSTD * extra_packed
+    sizes = (main_bytes, low_bytes, extra_bytes, extra_raw_bytes)
+    return _seal(row, _SPARSE, rice_bits, flags, count, sizes, out)
+
+
+@njit
+def _put_dense(row, positions, zigzags, count, elements, streams, handles, out):  # type: ignore[no-untyped-def]
+    planes = streams[: elements * zigzags.itemsize]
+    _split_dense(positions, zigzags, count, planes.reshape(zigzags.itemsize, elements))
+    main_bytes, packed = _put_stream(handles, planes, out[HEADER_BYTES:])
+    return _seal(row, _DENSE, 0, _MAIN_ZSTD * packed, elements, (main_bytes, 0, 0, 0), out)
+
+
+@kernel
+def put_frame(row, positions, zigzags, count, elements, streams, handles, out):  # type: ignore[no-untyped-def]
+    """Write the frame of some changes.
 
     Parameters
     ----------
+    row : int
+        Row within the chunk, 0 to 15.
+    positions, zigzags : ndarray
+        As in `Changes`; the first `count` (at least one) count.
     elements : int
-        Elements of the largest block it must hold.
+        Of the block.
+    streams : ndarray of uint8, shape (>= stream_bytes(elements),)
+        Scratch.
+    handles : ndarray of uint64
+        Of `zstd.Contexts`.
+    out : ndarray of uint8, shape (>= frame_room(elements, itemsize),)
+
+    Returns
+    -------
+    int
+        Bytes of the frame.
+    """
+    crowded = count > _SPARSE_SHARE * elements
+    size = 0
+    if 2 * count <= elements:
+        # Between the two shares either code may win; outside them only one can.
+        size = _put_sparse(row, positions, zigzags, count, elements, streams, handles, out)
+    if crowded:
+        dense = out[size:]
+        dense_size = _put_dense(row, positions, zigzags, count, elements, streams, handles, dense)
+        if size == 0 or dense_size < size:
+            for i in range(dense_size):
+                out[i] = dense[i]
+            size = dense_size
+    return size
+
+
+@njit
+def crc_of_frame(frame):  # type: ignore[no-untyped-def]
+    """Return the CRC-32C that a frame (uint8) carries: `frame_crc` for kernels."""
+    return _get_number(frame, _CRC_AT)
+
+
+GOOD, BAD_CHECKSUM, BAD_HEADER, BAD_STREAM, BAD_CHANGES, NO_ROOM = range(6)
+"""What `take_frame` found; see `_PROBLEMS`."""
+
+_PROBLEMS = {
+    BAD_CHECKSUM: "frame does not match its checksum",
+    BAD_HEADER: "frame header has impossible fields",
+    BAD_STREAM: "frame stream does not decompress to the bytes it should",
+    BAD_CHANGES: "frame does not describe changes inside its block",
+    NO_ROOM: "frame has more changes than are committed",
+}
+
+
+@njit
+def _get_stream(handles, stored, packed, out):  # type: ignore[no-untyped-def]
+    if packed:
+        return zstd.decompress(handles, stored, out) == out.size
+    if stored.size != out.size:
+        return False
+    out[:] = stored
+    return True
+
+
+@njit
+def take_frame(frame, elements, streams, handles, positions, zigzags):  # type: ignore[no-untyped-def]  # noqa: PLR0911
+    """Decode exactly one frame; return what was found and how many changes it has.
+
+    Nothing in the frame is believed: every field is checked before it is used.
+    """
+    itemsize = zigzags.itemsize
+    if frame.size < HEADER_BYTES:
+        return BAD_HEADER, 0
+    crc = checksum.extend(np.uint32(0), frame[:_CRC_AT])
+    crc = checksum.extend(crc, frame[HEADER_BYTES:])
+    if np.int64(crc) != _get_number(frame, _CRC_AT):
+        return BAD_CHECKSUM, 0
+    kind, rice_bits, flags = frame[1], np.int64(frame[2]), frame[3]
+    count, main_bytes = _get_number(frame, 4), _get_number(frame, 8)
+    extra_bytes, extra_raw_bytes = _get_number(frame, 12), _get_number(frame, 16)
+    main_end = HEADER_BYTES + main_bytes
+    if (
+        frame[0] >= 16
+        or flags >= 4
+        or rice_bits >= 16
+        or main_bytes > elements * itemsize
+        or main_end > frame.size
+    ):
+        return BAD_HEADER, 0
+    main = frame[HEADER_BYTES:main_end]
+    packed = (flags & _MAIN_ZSTD) != 0
+    if kind == _DENSE:
+        if (
+            count != elements
+            or flags >= _EXTRA_ZSTD
+            or rice_bits + extra_bytes + extra_raw_bytes != 0
+            or main_end != frame.size
+        ):
+            return BAD_HEADER, 0
+        planes = streams[: elements * itemsize]
+        if not _get_stream(handles, main, packed, planes):
+            return BAD_STREAM, 0
+        found = _join_dense(planes.reshape(itemsize, elements), positions, zigzags)
+        return (NO_ROOM, 0) if found < 0 else (GOOD, found)
+    low_bytes = (count * rice_bits + 7) // 8
+    if (
+        kind != _SPARSE
+        or not 0 < count <= elements
+        or not extra_bytes <= extra_raw_bytes <= 2 * _MAX_VARINT * count
+        or main_end + low_bytes + extra_bytes != frame.size
+    ):
+        return BAD_HEADER, 0
+    if count > positions.size:
+        return NO_ROOM, 0
+    low_end, extra_end = count + low_bytes, count + low_bytes + extra_raw_bytes
+    streams[count:low_end] = frame[main_end : main_end + low_bytes]
+    if not (
+        _get_stream(handles, main, packed, streams[:count])
+        and _get_stream(
+            handles,
+            frame[main_end + low_bytes :],
+            (flags & _EXTRA_ZSTD) != 0,
+            streams[low_end:extra_end],
+        )
+    ):
+        return BAD_STREAM, 0
+    whole = _unpack_sparse(
+        streams[:count],
+        streams[count:],
+        streams[low_end:extra_end],
+        rice_bits,
+        np.uint64(elements),
+        positions,
+        zigzags,
+    )
+    return (GOOD, count) if whole else (BAD_CHANGES, 0)
+
+
+@kernel
+def take_frames(frames, sizes, elements, streams, handles, positions, zigzags, table):  # type: ignore[no-untyped-def]
+    """Decode frames that lie one behind the other; what they hold is put so too.
+
+    Parameters
+    ----------
+    frames : ndarray of uint8
+    sizes : ndarray of int64, shape (n,)
+        Bytes of each frame; in all those of `frames`.
+    elements : int
+        Of their block.
+    streams, handles
+        As in `put_frame`.
+    positions, zigzags : ndarray
+        Out, as in `Changes`.
+    table : ndarray of int64, shape (3, n)
+        Out: row, number of changes and CRC-32C of each frame.
+
+    Returns
+    -------
+    good : int
+        Frames decoded before the first that is wrong; n if none is.
+    finding : int
+        What is wrong with that one.
+    """
+    at = used = 0
+    for i in range(sizes.size):
+        finding, count = take_frame(
+            frames[at : at + sizes[i]],
+            elements,
+            streams,
+            handles,
+            positions[used:],
+            zigzags[used:],
+        )
+        if finding != GOOD:
+            return i, finding
+        table[0, i], table[1, i] = frames[at], count
+        table[2, i] = crc_of_frame(frames[at:])
+        at += sizes[i]
+        used += count
+    return sizes.size, GOOD
+
+
+def stream_bytes(elements: int) -> int:
+    """Return the bytes of scratch that frames of blocks of up to `elements` need."""
+    return _STREAM_BYTES * elements + _SPARE
+
+
+def frame_room(elements: int, itemsize: int) -> int:
+    """Return the bytes within which `put_frame` stays: a frame of either kind to choose from.
+
+    zstd is given 8 bytes more than the stream it is to make smaller; of most of the room no page
+    is ever touched.
+    """
+    dense = HEADER_BYTES + elements * itemsize + 8
+    sparse = HEADER_BYTES + _STREAM_BYTES * (elements // 2) + 8
+    return dense + max(dense, sparse)
+
+
+class Changes:
+    """Room for the changes of one block at one step, or at several steps one after the other.
+
+    Parameters
+    ----------
+    capacity : int
+        Most changes: no fewer than the largest block has elements.
     itemsize : int
         Bytes per element: 1, 2 or 4.
 
@@ -198,29 +488,19 @@ class Changes:
     count : int
         How many changes it holds now.
     positions : ndarray of uint32
-        The first `count` ascend and lie inside the block.
+        The first `count` lie inside the block; they ascend within each step.
     zigzags : ndarray of uint8, uint16 or uint32
         Zigzag code of each modular ordered difference; never 0.
     """
 
-    def __init__(self, elements: int, itemsize: int) -> None:
+    def __init__(self, capacity: int, itemsize: int) -> None:
         self.count = 0
-        self.positions = np.empty(elements, np.uint32)
-        self.zigzags: Bits = np.empty(elements, f"u{itemsize}")
+        self.positions = np.empty(capacity, np.uint32)
+        self.zigzags: Bits = np.empty(capacity, f"u{itemsize}")
 
     def find(self, before: Bits, after: Bits) -> int:
-        """Hold the changes from `before` to `after`; both (b,), 8-byte aligned, contiguous."""
-        whole = before.size * before.itemsize // 8 * 8 // before.itemsize
-        self.count = int(
-            find_changes(
-                before[:whole].view(np.uint64),
-                after[:whole].view(np.uint64),
-                before,
-                after,
-                self.positions,
-                self.zigzags,
-            )
-        )
+        """Hold the changes from `before` to `after`, both (b,)."""
+        self.count = int(find_changes(before, after, self.positions, self.zigzags))
         return self.count
 
 
@@ -235,19 +515,20 @@ class FrameCodec:
         Elements of the largest block.
     itemsize : int
         Bytes per element: 1, 2 or 4.
+
+    Attributes
+    ----------
+    streams : ndarray of uint8
+    contexts : zstd.Contexts
+        What `put_frame` and `take_frames` work in.
     """
 
     def __init__(self, elements: int, itemsize: int) -> None:
         self.elements = elements
         self.itemsize = itemsize
-        self._main = np.empty(elements * itemsize, np.uint8)
-        self._extra = np.empty(elements, np.uint8)
-        self._low = np.empty(elements * 2, np.uint8)
-
-    def _rice_bits(self, count: int, elements: int) -> int:
-        # The split that minimises the cost for geometric gaps: k = floor(log2(mean * ln 2)).
-        mean_gap = (elements - count) / count
-        return min(15, max(0, math.floor(math.log2(max(mean_gap * math.log(2), 1.0)))))
+        # Of most bytes no page is ever touched.
+        self.streams = np.empty(stream_bytes(elements), np.uint8)
+        self.contexts = zstd.Contexts()
 
     def encode(self, row: int, changes: Changes, elements: int) -> bytes:
         """Return the frame of `changes` (at least one) in a block of `elements`.
@@ -262,57 +543,21 @@ class FrameCodec:
         bytes
             Header and payload.
         """
-        share = changes.count / elements
-        # Between these shares either code may win; outside them only one can.
-        sparse = self._encode_sparse(row, changes, elements) if share <= 0.5 else None
-        dense = self._encode_dense(row, changes, elements) if share > 0.125 else None
-        if sparse is None or (dense is not None and len(dense) < len(sparse)):
-            assert dense is not None
-            return dense
-        return sparse
-
-    def _encode_sparse(self, row: int, changes: Changes, elements: int) -> bytes:
-        count = changes.count
-        rice_bits = self._rice_bits(count, elements)
-        most_extra = 2 * _MAX_VARINT * count
-        if self._extra.size < most_extra:
-            self._extra = np.empty(most_extra, np.uint8)
-        extra_raw_bytes = int(
-            _pack_sparse(
-                changes.positions,
-                changes.zigzags,
-                count,
-                rice_bits,
-                self._main,
-                self._low,
-                self._extra,
-            )
+        out = np.empty(frame_room(elements, self.itemsize), np.uint8)
+        size = put_frame(
+            row,
+            changes.positions,
+            changes.zigzags,
+            changes.count,
+            elements,
+            self.streams,
+            self.contexts.handles,
+            out,
         )
-        flags = 0
-        main, packed = _smaller(self._main[:count])
-        flags |= _MAIN_ZSTD * packed
-        extra, packed = _smaller(self._extra[:extra_raw_bytes])
-        flags |= _EXTRA_ZSTD * packed
-        low = self._low[: (count * rice_bits + 7) // 8].tobytes()
-        head = (row, _SPARSE, rice_bits, flags, count, len(main), len(extra), extra_raw_bytes)
-        return _sealed(head, main + low + extra)
+        return out[:size].tobytes()
 
-    def _encode_dense(self, row: int, changes: Changes, elements: int) -> bytes:
-        planes = self._main[: elements * self.itemsize].reshape(self.itemsize, elements)
-        _split_dense(changes.positions, changes.zigzags, changes.count, planes)
-        main, packed = _smaller(planes.reshape(-1))
-        head = (row, _DENSE, 0, _MAIN_ZSTD * packed, elements, len(main), 0, 0)
-        return _sealed(head, main)
-
-    def decode(self, frame: memoryview, elements: int, changes: Changes) -> int:
+    def decode(self, frame: bytes | memoryview, elements: int, changes: Changes) -> int:
         """Decode one whole frame into `changes`; return its row.
-
-        Parameters
-        ----------
-        frame : memoryview
-            Exactly one frame.
-        elements : int
-            Elements of the block it belongs to.
 
         Raises
         ------
@@ -320,92 +565,56 @@ class FrameCodec:
             If the checksum does not hold or the frame does not describe such a block. Nothing is
             allocated on the word of the frame beyond this object's buffers.
         """
-        header = checked_header(frame, elements, self.itemsize)
-        if header.kind == _DENSE and header.count != elements:
-            raise CorruptionError(
-                f"dense frame of {header.count} elements in a block of {elements}"
-            )
-        view = np.frombuffer(frame, np.uint8)[HEADER.size :]
-        main = view[: header.main_bytes]
-        if header.kind == _DENSE:
-            planes = self._inflate(
-                main, elements * self.itemsize, self._main, packed=bool(header.flags & _MAIN_ZSTD)
-            ).reshape(self.itemsize, elements)
-            changes.count = int(_join_dense(planes, changes.positions, changes.zigzags))
-            return header.row
-        low = view[header.main_bytes : header.main_bytes + header.low_bytes]
-        stored_extra = view[header.main_bytes + header.low_bytes :]
-        if self._extra.size < header.extra_raw_bytes:
-            self._extra = np.empty(header.extra_raw_bytes, np.uint8)
-        symbols = self._inflate(
-            main, header.count, self._main, packed=bool(header.flags & _MAIN_ZSTD)
-        )
-        extra = self._inflate(
-            stored_extra,
-            header.extra_raw_bytes,
-            self._extra,
-            packed=bool(header.flags & _EXTRA_ZSTD),
-        )
-        whole = _unpack_sparse(
-            symbols,
-            low,
-            extra,
-            header.count,
-            header.rice_bits,
+        checked_header(memoryview(frame), elements, self.itemsize)
+        sizes = np.array([len(frame)], np.int64)
+        table = self.decode_frames(np.frombuffer(frame, np.uint8).copy(), sizes, elements, changes)
+        return int(table[0, 0])
+
+    def decode_frames(
+        self,
+        frames: NDArray[np.uint8],
+        sizes: NDArray[np.int64],
+        elements: int,
+        changes: Changes,
+    ) -> NDArray[np.int64]:
+        """Decode frames of one block into `changes`, one behind the other.
+
+        Parameters
+        ----------
+        frames : ndarray of uint8
+            Whole frames, one behind the other.
+        sizes : ndarray of int64
+            Bytes of each.
+        elements : int
+            Elements of the block they belong to.
+        changes : Changes
+            With room for all of them.
+
+        Returns
+        -------
+        ndarray of int64, shape (3, frames)
+            Row, number of changes and CRC-32C of each frame.
+
+        Raises
+        ------
+        CorruptionError
+            As in `decode`.
+        """
+        table = np.zeros((3, len(sizes)), np.int64)
+        good, finding = take_frames(
+            frames,
+            sizes,
             elements,
+            self.streams,
+            self.contexts.handles,
             changes.positions,
             changes.zigzags,
+            table,
         )
-        if not whole:
-            raise CorruptionError("frame does not describe changes inside its block")
-        changes.count = header.count
-        return header.row
-
-    @staticmethod
-    def _inflate(
-        stored: NDArray[np.uint8], size: int, room: NDArray[np.uint8], *, packed: bool
-    ) -> NDArray[np.uint8]:
-        if not packed:
-            if stored.size != size:
-                raise CorruptionError(f"frame stream holds {stored.size} bytes, not {size}")
-            return stored
-        # zstd.decompress refuses content larger than `out`, but takes smaller content and leaves
-        # the rest of `out` as it was.
-        if _zstd_content_bytes(stored) != size:
-            raise CorruptionError(f"frame stream does not hold the {size} bytes it should")
-        out = room[:size]
-        try:
-            zstd.decompress(stored, out)
-        except (RuntimeError, ValueError) as error:
-            raise CorruptionError(f"frame stream does not decompress: {error}") from error
-        return out
-
-
-def _zstd_content_bytes(stored: NDArray[np.uint8]) -> int:
-    """Return the content size that a zstd frame declares; -1 for none (RFC 8878, 3.1.1.1)."""
-    head = stored[:18].tobytes()
-    if len(head) < 5 or head[:4] != b"\x28\xb5\x2f\xfd":
-        return -1
-    single_segment = head[4] >> 5 & 1
-    width = (single_segment, 2, 4, 8)[head[4] >> 6]
-    start = 6 - single_segment + (0, 1, 2, 4)[head[4] & 3]
-    field = head[start : start + width]
-    if not field or len(field) < width:
-        return -1
-    return int.from_bytes(field, "little") + (256 if width == 2 else 0)
-
-
-def _smaller(raw: NDArray[np.uint8]) -> tuple[bytes, bool]:
-    packed: bytes = zstd.compress(raw, _ZSTD_LEVEL) if raw.size > 16 else b""
-    if packed and len(packed) < raw.size:
-        return packed, True
-    return raw.tobytes(), False
-
-
-def _sealed(head: tuple[int, ...], payload: bytes) -> bytes:
-    unsigned = HEADER.pack(*head, 0)[: -_CRC_FIELD.size]
-    crc = google_crc32c.extend(google_crc32c.value(unsigned), payload)
-    return unsigned + _CRC_FIELD.pack(crc) + payload
+        if good < len(sizes):
+            raise CorruptionError(_PROBLEMS[finding])
+        changes.count = int(table[1].sum())
+        return table
 
 
 def frame_crc(frame: bytes | memoryview) -> int:
@@ -446,7 +655,7 @@ def read_header(data: memoryview, elements: int, itemsize: int) -> FrameHeader:
         )
     )
     if not possible:
-        raise CorruptionError("frame header has impossible fields")
+        raise CorruptionError(_PROBLEMS[BAD_HEADER])
     return header
 
 
@@ -461,10 +670,10 @@ def checked_header(frame: memoryview, elements: int, itemsize: int) -> FrameHead
     header = read_header(frame, elements, itemsize)
     if header.frame_bytes != len(frame):
         raise CorruptionError(f"frame has {len(frame)} bytes, its header says {header.frame_bytes}")
-    crc = google_crc32c.value(bytes(frame[: HEADER.size - _CRC_FIELD.size]))
+    crc = google_crc32c.value(bytes(frame[:_CRC_AT]))
     crc = google_crc32c.extend(crc, np.frombuffer(frame, np.uint8)[HEADER.size :])
     if crc != header.crc32c:
-        raise CorruptionError("frame does not match its checksum")
+        raise CorruptionError(_PROBLEMS[BAD_CHECKSUM])
     return header
 
 

@@ -91,7 +91,7 @@ def export_step(
     assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
     output = OutputDirectory(out)
     output.check(assembly.nbytes)
-    warm_up_decoding(store.manifest.tensors)
+    warm_up_decoding(store.manifest.tensors, progress)
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
     stage = StagePlan(
         name="export",

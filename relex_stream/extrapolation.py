@@ -32,6 +32,7 @@ from relex_stream.blocks import (
 from relex_stream.errors import RelexStreamWarning
 from relex_stream.fit import hat_vector, output_weights, r_squared
 from relex_stream.graph import grouped, run_groups
+from relex_stream.pages import PAGE_BYTES
 from relex_stream.paths import refuse_inside
 from relex_stream.request import Request, check_request
 from relex_stream.sketch import Subspace, add_weighted_rows, cumulate_transposed
@@ -42,12 +43,14 @@ from relex_stream.store.records import StoredTensor
 from relex_stream.subspaces import (
     SubspaceOptions,
     basis_columns,
+    block_work,
     changed_blocks,
     changed_tensors,
     solve_subspaces,
     split_routes,
 )
 from relex_stream.summaries import ExtrapolateSummary, Output, Plan, StagePlan, TensorFigures
+from relex_stream.sweep import TILE_COLUMNS, sweep_outputs
 from relex_stream.ulp import add_rounded
 from relex_stream.warmup import warm_up_extrapolation
 from relex_stream.writer import MARKER, OutputDirectory
@@ -80,6 +83,7 @@ class BlockWrite:
         self._output = output
         self._assemblies = assemblies
         self._weights = weights
+        self.rows = max((weight.shape[0] for weight in weights.values()), default=0)
         self._entry_capacity = entry_capacity
         self._local = threading.local()
 
@@ -98,15 +102,30 @@ class BlockWrite:
             for assembly in self._assemblies:
                 assembly.put(self._output, at.tensor, at.start, base_bits)
             return 0
-        sums = workspace.array("sums", (at.elements, weights.shape[1]), np.float64)
-        sums[:] = 0
-        for batch in reader.change_rows(at, base_bits, weights.shape[0]).batches():
-            add_weighted_rows(batch, weights, sums)
-        overflowed = 0
-        rounded = workspace.array("rounded", at.elements, base_bits.dtype)
-        for column, assembly in enumerate(self._assemblies):
-            overflowed += add_rounded(base_bits, sums[:, column], at.base_format, rounded)
-            assembly.put(self._output, at.tensor, at.start, rounded)
+        changes = reader.change_rows(at, base_bits, weights.shape[0])
+        outputs = weights.shape[1]
+        # Every output has the base's files: the same offsets. Rows that begin a page apart.
+        offset = self._assemblies[0].offset_of(at.tensor, at.start)
+        stride = -(-at.elements * base_bits.itemsize // PAGE_BYTES) * PAGE_BYTES
+        shape = (outputs, stride // base_bits.itemsize)
+        rounded = workspace.array("rounded", shape, base_bits.dtype, offset)
+        columns = min(TILE_COLUMNS, at.elements) if changes.fits else at.elements
+        sums = workspace.array("sums", (columns, outputs), np.float64)
+        fmt = at.base_format
+        if changes.fits:
+            numbers = (fmt.number, fmt.mantissa, fmt.bias)
+            block = changes.at_hand()
+            overflowed = int(sweep_outputs(block, weights, base_bits, numbers, sums, rounded))
+        else:
+            sums[:] = 0
+            for batch in changes.batches():
+                add_weighted_rows(batch, 0, weights, sums)
+            overflowed = sum(
+                add_rounded(base_bits, sums[:, output], fmt, rounded[output, : at.elements])
+                for output in range(outputs)
+            )
+        for assembly, bits in zip(self._assemblies, rounded, strict=True):
+            assembly.put(self._output, at.tensor, at.start, bits[: at.elements])
         return overflowed
 
 
@@ -165,7 +184,7 @@ def extrapolate_steps(
     ]
     output = OutputDirectory(out, overwrite=overwrite)
     output.check(sum(assembly.nbytes for assembly in assemblies))
-    warm_up_extrapolation(store.manifest.tensors)
+    warm_up_extrapolation(store.manifest.tensors, progress)
     plan = _plan(
         store,
         request,
@@ -260,12 +279,12 @@ def _write_blocks(
 ) -> None:
     outputs = len(assemblies)
 
-    def written(at: BlockOf) -> int:
-        return at.elements * at.tensor.base_itemsize * outputs
+    def worked_on(at: BlockOf) -> int:
+        return block_work(store, at, work.rows) + at.elements * at.tensor.base_itemsize * outputs
 
     overflowed: dict[Hashable, int] = run_groups(
         grouped(
-            (tensor.index, [BlockOf(tensor, block) for block in range(tensor.blocks)], written)
+            (tensor.index, [BlockOf(tensor, block) for block in range(tensor.blocks)], worked_on)
             for tensor in store.manifest.tensors
             if assemblies[0].needs(tensor)
         ),

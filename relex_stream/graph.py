@@ -8,10 +8,11 @@ many workers there are or which is faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import dask.threaded
@@ -31,6 +32,9 @@ FAN_IN = 8
 MAX_TASKS = 512
 """Tasks per group. ``dask.order`` takes time quadratic in the tasks of a connected component."""
 
+TASK_BYTES = 8 << 20
+"""Bytes that are worth a task: dask takes 0.1 to 0.2 ms for each."""
+
 Task = TypeVar("Task")
 Partial = TypeVar("Partial")
 Result = TypeVar("Result")
@@ -48,7 +52,7 @@ class Group(Generic[Task]):
 def grouped(
     items: Iterable[tuple[Hashable, Sequence[Task], Callable[[Task], int]]],
 ) -> list[Group[tuple[Task, ...]]]:
-    """Bundle each group's items into at most `MAX_TASKS` runs of neighbours.
+    """Cut each group's items into tasks: runs of neighbours of `TASK_BYTES` or a little more.
 
     Parameters
     ----------
@@ -57,14 +61,21 @@ def grouped(
     Returns
     -------
     list of Group
-        Every task is a tuple of items, worked on one after the other.
+        Every task is a tuple of items, worked on one after the other; a group has at most
+        `MAX_TASKS`.
     """
     groups = []
     for key, members, bytes_of in items:
-        run = max(1, -(-len(members) // MAX_TASKS))
-        tasks = tuple(tuple(members[i : i + run]) for i in range(0, len(members), run))
-        sizes = tuple(sum(bytes_of(member) for member in task) for task in tasks)
-        groups.append(Group(key, tasks, sizes))
+        runs: list[list[Task]] = []
+        sizes: list[int] = []
+        least = -(-len(members) // MAX_TASKS)
+        for member in members:
+            if not runs or (sizes[-1] >= TASK_BYTES and len(runs[-1]) >= least):
+                runs.append([])
+                sizes.append(0)
+            runs[-1].append(member)
+            sizes[-1] += bytes_of(member)
+        groups.append(Group(key, tuple(tuple(run) for run in runs), tuple(sizes)))
     return groups
 
 
@@ -76,6 +87,16 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     """
     limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
     return limits
+
+
+def map_in_threads(
+    function: Callable[[Task], Result], items: Iterable[Task], workers: int
+) -> Iterator[Result]:
+    """Yield ``function(item)`` in the items' order, some at a time; for work without blocks."""
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="relex") as pool, one_blas_thread():
+        while some := list(islice(remaining, 32 * workers)):
+            yield from pool.map(function, some)
 
 
 class _Call:
@@ -134,9 +155,13 @@ def run_groups(
         Callback(posttask=report),
         one_blas_thread(),
     ):
-        results = dask.threaded.get(graph, list(outputs.values()), pool=pool, num_workers=workers)
+        results = dask.threaded.get(graph, list(outputs), pool=pool, num_workers=workers)
     progress.finish()
-    return dict(zip(outputs, results, strict=True))
+    return {
+        key: result
+        for keys, some in zip(outputs.values(), results, strict=True)
+        for key, result in zip(keys, some, strict=True)
+    }
 
 
 def build_graph(
@@ -144,12 +169,19 @@ def build_graph(
     work: Callable[[Task], Partial],
     combine: Callable[[list[Partial]], Partial],
     finish: Callable[[Hashable, Partial], Result],
-) -> tuple[dict[Any, Any], dict[Hashable, Any], dict[Any, int]]:
-    """Return a dask graph, the graph's key of each group's result, and each task's bytes."""
+) -> tuple[dict[Any, Any], dict[Any, tuple[Hashable, ...]], dict[Any, int]]:
+    """Return a dask graph, whose results each key that ends it lists, and each task's bytes."""
     graph: dict[Any, Any] = {}
-    outputs: dict[Hashable, Any] = {}
+    outputs: dict[Any, tuple[Hashable, ...]] = {}
     sizes: dict[Any, int] = {}
-    for number, group in enumerate(groups):
+    for number, bundle in enumerate(_bundles(groups)):
+        done = ("finish", number, 0)
+        outputs[done] = tuple(group.key for group in bundle)
+        if len(bundle) > 1:
+            graph[done] = (_Call(_run_bundle, (bundle, work, finish)),)
+            sizes[done] = sum(sum(group.task_bytes) for group in bundle)
+            continue
+        (group,) = bundle
         level = []
         for place, (task, size) in enumerate(zip(group.tasks, group.task_bytes, strict=True)):
             key = ("block", number, place)
@@ -165,11 +197,46 @@ def build_graph(
                 graph[key] = (_Call(_combine_all, combine), *level[start : start + FAN_IN])
                 above.append(key)
             level = above
-        if level:
-            key = ("finish", number, 0)
-            graph[key] = (_Call(finish, group.key), level[0])
-            outputs[group.key] = key
+        graph[done] = (_Call(_finish_one, (group.key, finish)), level[0])
     return graph, outputs, sizes
+
+
+def _bundles(groups: Sequence[Group[Task]]) -> Iterator[list[Group[Task]]]:
+    """Put neighbouring groups of a single small task together, up to `TASK_BYTES`."""
+    bundle: list[Group[Task]] = []
+    size = 0
+    for group in groups:
+        if not group.tasks:
+            continue
+        small = len(group.tasks) == 1 and group.task_bytes[0] < TASK_BYTES
+        if bundle and (not small or size >= TASK_BYTES):
+            yield bundle
+            bundle, size = [], 0
+        if not small:
+            yield [group]
+            continue
+        bundle.append(group)
+        size += group.task_bytes[0]
+    if bundle:
+        yield bundle
+
+
+def _run_bundle(
+    parts: tuple[
+        list[Group[Task]],
+        Callable[[Task], Partial],
+        Callable[[Hashable, Partial], Result],
+    ],
+) -> list[Result]:
+    bundle, work, finish = parts
+    return [finish(group.key, work(group.tasks[0])) for group in bundle]
+
+
+def _finish_one(
+    parts: tuple[Hashable, Callable[[Hashable, Partial], Result]], total: Partial
+) -> list[Result]:
+    key, finish = parts
+    return [finish(key, total)]
 
 
 def _combine_all(combine: Callable[[list[Any]], Any], *partials: Any) -> Any:

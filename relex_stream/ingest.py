@@ -16,18 +16,34 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream import planner
 from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, frame_tools
-from relex_stream.codec import Changes, frame_crc
-from relex_stream.errors import TrajectoryError
+from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.matching import CheckpointPlaces
-from relex_stream.sketch import pack_sketch, sketch_changes, sketch_key
-from relex_stream.sources import CheckpointReader
+from relex_stream.scan import (
+    UNREADABLE,
+    ScanBuffers,
+    ScanTables,
+    scan_buffers,
+    scan_steps,
+    scan_tables,
+)
+from relex_stream.sketch import pack_sketch, sketch_key
+from relex_stream.sources import CheckpointReader, read_ahead
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store, arrays
 from relex_stream.store.records import StoredTensor
 from relex_stream.store.write import write_frames
-from relex_stream.ulp import Bits, change_values, widen
+from relex_stream.ulp import Bits, widen
+
+_MOST_FILES = 64
+"""Steps that one call of the kernel takes: as many files it holds open."""
+
+_MOST_ATTEMPTS = 3
+
+_AHEAD_BYTES = 32 << 20
+"""Bytes of a tensor that a worker asks the system to read ahead, over all steps."""
+
+_AHEAD_FROM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,29 @@ class BlockStatistics:
     change_sq: NDArray[np.float64]
     delta_sq_growth: NDArray[np.float64]
     sketch: NDArray[np.float64] | None
+
+    @classmethod
+    def of_block(
+        cls,
+        tables: ScanTables,
+        base_crc: int,
+        base_frame_bytes: int,
+        *,
+        sketched: bool,
+    ) -> BlockStatistics:
+        """Return the statistics of one block."""
+        return cls(
+            frame_bytes=tables.frame_bytes[:, None],
+            frame_crc=tables.frame_crc[:, None],
+            changed=tables.changed[:, None].astype(np.uint32),
+            source_crc=tables.source_crc[:, None],
+            base_crc=np.array([base_crc], np.uint32),
+            base_frame_bytes=np.array([base_frame_bytes], np.uint32),
+            nonfinite=tables.nonfinite_at >= 0,
+            change_sq=tables.change_sq,
+            delta_sq_growth=tables.delta_sq_growth,
+            sketch=tables.sketch if sketched else None,
+        )
 
     @staticmethod
     def combine(parts: list[BlockStatistics]) -> BlockStatistics:
@@ -129,7 +168,7 @@ class Ingest:
         return self._encode_steps(at, base_bits, base_crc, base_frame_bytes)
 
     def _keep_base(self, at: BlockOf, base_bits: Bits) -> int:
-        zero = self._workspace.array("before", at.elements, base_bits.dtype)
+        zero = self._workspace.array("state", at.elements, base_bits.dtype)
         zero[:] = 0
         codec, changes = frame_tools(self._workspace, at.tensor.block_elements, base_bits.itemsize)
         if not changes.find(zero, base_bits):
@@ -138,36 +177,23 @@ class Ingest:
         write_frames(self._root, arrays.BASE, at.tensor, 0, at.block, 0, frame)
         return len(frame)
 
-    def _statistics(self, at: BlockOf, base_crc: int, base_frame_bytes: int) -> BlockStatistics:
-        steps = len(self._checkpoints)
-        sketched = at.tensor.sketch_row >= 0
-        return BlockStatistics(
-            frame_bytes=np.zeros((steps, 1), np.uint32),
-            frame_crc=np.zeros((steps, 1), np.uint32),
-            changed=np.zeros((steps, 1), np.uint32),
-            source_crc=np.zeros((steps, 1), np.uint32),
-            base_crc=np.array([base_crc], np.uint32),
-            base_frame_bytes=np.array([base_frame_bytes], np.uint32),
-            nonfinite=np.zeros(steps, np.bool_),
-            change_sq=np.zeros(steps),
-            delta_sq_growth=np.zeros(steps),
-            sketch=np.zeros((steps, self._sketch_width)) if sketched else None,
-        )
+    def _place(self, at: BlockOf, index: int, tensor: StoredTensor) -> tuple[str, int]:
+        """Return the file and the offset of the block's elements in a checkpoint's `tensor`."""
+        checkpoint = self._checkpoints[index]
+        path = checkpoint.files[checkpoint.file_of[tensor.index]]
+        return path, int(checkpoint.offset_of[tensor.index]) + at.start * tensor.itemsize
 
     def _read_step(self, at: BlockOf, index: int, buffer: str, tensor: StoredTensor) -> Bits:
-        checkpoint = self._checkpoints[index]
         out = self._workspace.array(buffer, at.elements, np.dtype(f"u{tensor.itemsize}"))
-        path = checkpoint.files[checkpoint.file_of[tensor.index]]
-        offset = int(checkpoint.offset_of[tensor.index]) + at.start * tensor.itemsize
+        path, offset = self._place(at, index, tensor)
         self._reader.read(path, offset, out.view(np.uint8))
         return out
 
     def _compare_constant(
         self, at: BlockOf, base_bits: Bits, base_crc: int, base_frame_bytes: int
     ) -> BlockStatistics:
-        statistics = self._statistics(at, base_crc, base_frame_bytes)
         for index, checkpoint in enumerate(self._checkpoints):
-            now = self._read_step(at, index, "after", at.tensor)
+            now = self._read_step(at, index, "other", at.tensor)
             if not np.array_equal(now, base_bits):
                 raise TrajectoryError(
                     f"step {checkpoint.step}: tensor {at.tensor.name} ({at.tensor.dtype.code}) in "
@@ -175,83 +201,94 @@ class Ingest:
                     "base; only BF16, F16 and F32 tensors may change. Leave that step out with "
                     "--steps"
                 )
-            statistics.source_crc[index, 0] = base_crc
-        return statistics
+        tables = scan_tables(len(self._checkpoints), 0)
+        tables.source_crc[:] = base_crc
+        return BlockStatistics.of_block(tables, base_crc, base_frame_bytes, sketched=False)
 
     def _encode_steps(
         self, at: BlockOf, base_bits: Bits, base_crc: int, base_frame_bytes: int
     ) -> BlockStatistics:
-        workspace, tensor = self._workspace, at.tensor
-        statistics = self._statistics(at, base_crc, base_frame_bytes)
+        workspace = self._workspace
         base = workspace.array("wide base", at.elements, at.format.bits_dtype)
         widen(base_bits, at.base_format, at.format, base)
         self._check_tied_base(at, base_bits)
-        before = workspace.array("before", at.elements, at.format.bits_dtype)
         if self._store is not None and self._rows:
             reader = BlockReader(self._store, self._base, workspace)
-            np.copyto(before, reader.bits_at(at, base_bits, self._rows))
+            state = reader.bits_at(at, base_bits, self._rows)
         else:
-            np.copyto(before, base)
-        codec, changes = frame_tools(workspace, tensor.block_elements, at.format.itemsize)
-        key = sketch_key(self._seed, tensor.name)
-        pending: list[bytes] = []
-        pending_bytes = written = 0
-        spare, other = "after", "before"
-        for index in range(len(self._checkpoints)):
-            row = self._rows + index
-            after = self._read_step(at, index, spare, tensor)
-            statistics.source_crc[index, 0] = google_crc32c.value(after.view(np.uint8))
-            self._check_tied_step(at, index, after)
-            if changes.find(before, after):
-                self._measure(at, index, base, before, after, changes, key, statistics)
-                frame = codec.encode(row % STEP_GROUP, changes, at.elements)
-                statistics.frame_bytes[index, 0] = len(frame)
-                statistics.frame_crc[index, 0] = frame_crc(frame)
-                statistics.changed[index, 0] = changes.count
-                pending.append(frame)
-                pending_bytes += len(frame)
-                del frame
-            group_ends = row % STEP_GROUP == STEP_GROUP - 1 or index == len(self._checkpoints) - 1
-            if pending and (group_ends or pending_bytes >= planner.FRAMES_AT_HAND_BYTES):
-                self._write_frames(at, row // STEP_GROUP, written, b"".join(pending))
-                pending.clear()
-                written, pending_bytes = written + pending_bytes, 0
-            if group_ends:
-                written = 0
-            before, spare, other = after, other, spare
-        return statistics
+            state = workspace.array("state", at.elements, at.format.bits_dtype)
+            np.copyto(state, base)
+        steps = len(self._checkpoints)
+        sketched = at.tensor.sketch_row >= 0
+        tables = scan_tables(steps, self._sketch_width if sketched else 0)
+        frames = _Frames(self, at)
+        buffers = self._scan_buffers(at)
+        key = sketch_key(self._seed, at.tensor.name)
+        heads = self._heads_of.get(at.tensor.name, ())
+        # A head that is tied to this tensor is compared with the state after every single step.
+        run = 1 if heads else min(_MOST_FILES, self._reader.max_open)
+        index = attempts = 0
+        while index < steps:
+            places = [
+                self._place(at, step, at.tensor) for step in range(index, min(steps, index + run))
+            ]
+            with self._reader.borrow([path for path, _ in places]) as descriptors:
+                offsets = [offset for _, offset in places]
+                self._read_ahead(at, descriptors, offsets)
+                taken, reason = scan_steps(
+                    np.array(descriptors, np.int32),
+                    np.array(offsets, np.int64),
+                    index,
+                    (self._rows + index) % STEP_GROUP,
+                    base,
+                    state,
+                    at.format.number,
+                    at.start,
+                    key,
+                    buffers,
+                    tables,
+                )
+            frames.write(index, tables.frame_bytes[index : index + taken], buffers.frames)
+            if reason == UNREADABLE:
+                # Names what is wrong; if nothing is any more, the step is taken up again.
+                self._read_step(at, index + taken, "other", at.tensor)
+                attempts += 1
+                if attempts > _MOST_ATTEMPTS:
+                    raise SourceError(f"{places[taken][0]}: reading fails again and again")
+            elif heads:
+                self._check_tied_step(at, index, state)
+            index += taken
+        if not self._allow_nonfinite and (tables.nonfinite_at >= 0).any():
+            raise self._nonfinite_error(at, tables.nonfinite_at)
+        return BlockStatistics.of_block(tables, base_crc, base_frame_bytes, sketched=sketched)
 
-    def _measure(
-        self,
-        at: BlockOf,
-        index: int,
-        base: Bits,
-        before: Bits,
-        after: Bits,
-        changes: Changes,
-        key: int,
-        statistics: BlockStatistics,
-    ) -> None:
-        values = self._workspace.array("values", at.elements, np.float64)
-        change_sq, growth, nonfinite_at = change_values(
-            base, before, after, changes.positions, changes.count, at.format.number, values
-        )
-        if nonfinite_at >= 0:
-            if not self._allow_nonfinite:
-                raise self._nonfinite_error(at, index, int(nonfinite_at), after)
-            statistics.nonfinite[index] = True
-        statistics.change_sq[index] = change_sq
-        statistics.delta_sq_growth[index] = growth
-        if statistics.sketch is not None:
-            sketch_changes(
-                changes.positions, values, changes.count, at.start, key, statistics.sketch[index]
-            )
+    @staticmethod
+    def _read_ahead(at: BlockOf, descriptors: list[int], offsets: list[int]) -> None:
+        """Have the block's bytes of all these steps come while the first of them is worked on.
 
-    def _nonfinite_error(
-        self, at: BlockOf, index: int, position: int, after: Bits
-    ) -> TrajectoryError:
+        Of few steps, the blocks behind it too. The system's own reading ahead does for tensors
+        smaller than what is asked for.
+        """
+        here = at.elements * at.format.itemsize
+        if here < _AHEAD_FROM_BYTES:
+            return
+        rest = (at.tensor.elements - at.start) * at.format.itemsize
+        wanted = min(rest, max(here, _AHEAD_BYTES // len(descriptors)))
+        for descriptor, offset in zip(descriptors, offsets, strict=True):
+            read_ahead(descriptor, offset, wanted)
+
+    def _scan_buffers(self, at: BlockOf) -> ScanBuffers:
+        codec, changes = frame_tools(self._workspace, at.tensor.block_elements, at.format.itemsize)
+        kept: ScanBuffers | None = getattr(self._local, "buffers", None)
+        if kept is None or kept.zigzags is not changes.zigzags:
+            kept = self._local.buffers = scan_buffers(codec, changes)
+        return kept
+
+    def _nonfinite_error(self, at: BlockOf, positions: NDArray[np.int64]) -> TrajectoryError:
+        index = int(np.flatnonzero(positions >= 0)[0])
+        position = int(positions[index])
+        pattern = int(self._read_step(at, index, "other", at.tensor)[position])
         checkpoint = self._checkpoints[index]
-        pattern = int(after[position])
         return TrajectoryError(
             f"step {checkpoint.step}: tensor {at.tensor.name} holds a value that is not finite "
             f"(bits {pattern:#x}) at element {at.start + position}, where the base is finite, in "
@@ -282,13 +319,48 @@ class Ingest:
                     f"{at.tensor.name}, but the base has only one of them; give a base with both"
                 )
 
-    def _write_frames(self, at: BlockOf, chunk_row: int, written: int, data: bytes) -> None:
+    def write_frames(self, at: BlockOf, chunk_row: int, written: int, data: memoryview) -> None:
         """Put frames behind those committed and those of this batch, `written` bytes of them."""
         committed = (
             self._store.committed_bytes(at.tensor, at.block, chunk_row) if self._store else 0
         )
         start = committed + written
         write_frames(self._root, arrays.DELTAS, at.tensor, chunk_row, at.block, start, data)
+
+    @property
+    def first_row(self) -> int:
+        """Row of the batch's first step in the store."""
+        return self._rows
+
+
+class _Frames:
+    """Puts a block's frames of one batch into its chunks, as they come."""
+
+    def __init__(self, ingest: Ingest, at: BlockOf) -> None:
+        self._ingest = ingest
+        self._at = at
+        self._chunk_row = -1
+        self._written = 0
+
+    def write(self, first: int, sizes: NDArray[np.uint32], frames: NDArray[np.uint8]) -> None:
+        """Write the frames of the steps from `first` on, which lie one behind the other."""
+        at = end = 0
+        row = self._ingest.first_row + first
+        chunk_row = row // STEP_GROUP
+        for size in (*sizes.tolist(), 0):
+            if row // STEP_GROUP != chunk_row:
+                self._append(chunk_row, frames[at:end])
+                at, chunk_row = end, row // STEP_GROUP
+            end += size
+            row += 1
+        self._append(chunk_row, frames[at:end])
+
+    def _append(self, chunk_row: int, frames: NDArray[np.uint8]) -> None:
+        if chunk_row != self._chunk_row:
+            self._chunk_row, self._written = chunk_row, 0
+        if frames.size:
+            self._ingest.write_frames(self._at, chunk_row, self._written, frames.data)
+            self._written += frames.size
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ DEFAULT_LIMIT_BYTES = 768 << 20
 SLACK_BYTES = 40 << 20
 """Thread stacks, the allocator's arenas and small objects, beside the buffers counted here."""
 
-ENTRY_BYTES = 12
+ENTRY_BYTES = 16
+"""Of a change kept between sweeps: position, difference, value."""
+
 GRAM_COLUMNS_BYTES = 24 << 20
 """Room of one worker for the columns it handles at a time in the exact route."""
 
@@ -34,8 +36,11 @@ SUM_TREE_ALIVE = 16
 COMMIT_TARGET_BYTES = 256 << 30
 """Checkpoint bytes after which a build commits: what an interruption costs at most."""
 
-COMMIT_STATISTICS_BYTES = 96 << 20
-"""Statistics of one commit batch held at a time; fewer steps per batch with very many tensors."""
+SKETCHES_BYTES = 16 << 20
+"""Sketches at hand, twice: those being worked on while the next are read."""
+
+CONTEXTS_BYTES = 4 << 20
+"""What zstd keeps for a compressor and a decompressor (measured: 3 MiB at level 1)."""
 
 
 @dataclass(frozen=True)
@@ -66,32 +71,32 @@ class ModelShape:
 
 
 def codec_bytes(shape: ModelShape) -> int:
-    """Buffers of one frame codec and its changes: streams, positions, differences, zstd's room."""
-    # Symbols or planes, low bits, and varints: up to ten bytes each for half of the elements.
-    streams = shape.largest_block_bytes + (2 + 5) * shape.largest_block
+    """Count one frame codec and its changes: streams, zstd's contexts, positions, differences."""
+    # Planes of all elements, or symbols, low bits and varints (13 bytes) of half of them.
+    streams = max(shape.largest_block_bytes, 7 * shape.largest_block)
     changes = 4 * shape.largest_block + shape.largest_block_bytes
-    compressed = shape.largest_block_bytes + (2 << 20)
-    return streams + changes + compressed
+    return streams + changes + CONTEXTS_BYTES
+
+
+def _frames_at_hand_bytes(shape: ModelShape) -> int:
+    """Frames read together: as many as `FRAMES_AT_HAND_BYTES` hold, but at least one."""
+    return FRAMES_AT_HAND_BYTES + shape.largest_block_bytes + 64
 
 
 def ingest_worker_bytes(shape: ModelShape, steps: int) -> int:
     """One worker of build-store, for a batch of `steps`.
 
-    Base as read, base widened, the state at the last stored step, two steps, a tied head, the
-    codec, a frame put together from its parts, changes in weight units, frames before they are
-    written (also joined), and the block's statistics.
+    Base as read, base widened, the state, one more for a tied head; the piece being compared with
+    its values; the codec; two frames (a sparse and a dense one to choose from) beside those not
+    yet written; frames of earlier steps, for the state an append begins with; the block's
+    statistics.
     """
-    blocks = 6 * shape.largest_block_bytes
-    values = 8 * shape.largest_block
-    frame = shape.largest_block_bytes + (1 << 10)
-    frames = min(steps * frame, FRAMES_AT_HAND_BYTES + frame)
-    codec = codec_bytes(shape) + 2 * frame
-    return blocks + codec + values + 2 * frames + _ingest_partial_bytes(shape, steps) * 2
-
-
-def _read_frames_bytes(shape: ModelShape) -> int:
-    """Frames being decoded, and those read before them: a view of the last one keeps them all."""
-    return 2 * (FRAMES_AT_HAND_BYTES + shape.largest_block_bytes + 64)
+    blocks = 4 * shape.largest_block_bytes
+    piece = 2 << 20
+    frames = shape.largest_block_bytes + max(shape.largest_block_bytes, 7 * shape.largest_block)
+    frames += 2 << 20
+    codec = codec_bytes(shape) + _frames_at_hand_bytes(shape)
+    return blocks + piece + codec + frames + _ingest_partial_bytes(shape, steps) * 2
 
 
 def _ingest_partial_bytes(shape: ModelShape, steps: int) -> int:
@@ -109,22 +114,30 @@ def ingest_shared_bytes(
     return tree + 2 * results + tables + places
 
 
-def commit_batch(shape: ModelShape, checkpoint_bytes: int, rows: int, left: int) -> int:
+def statistics_bytes(memory_limit_bytes: int) -> int:
+    """Return the share of the memory limit that the statistics of one commit batch may take."""
+    return memory_limit_bytes // 4
+
+
+def commit_batch(
+    shape: ModelShape, checkpoint_bytes: int, rows: int, left: int, most_statistics: int
+) -> int:
     """Return how many of the `left` steps the next commit takes, with `rows` committed.
 
     Whole step groups, as many as `COMMIT_TARGET_BYTES` of checkpoints hold but at least one;
-    fewer steps when their statistics would not fit; the first batch fills the group begun.
+    fewer steps when their statistics take more than `most_statistics` bytes; the first batch fills
+    the group begun.
     """
     per_step = 2 * shape.sketched * (2 * shape.sketch_width + 4) + shape.blocks * 24 + 1
     groups = max(1, COMMIT_TARGET_BYTES // max(1, checkpoint_bytes * STEP_GROUP))
     steps = groups * STEP_GROUP - rows % STEP_GROUP
-    return max(1, min(left, steps, COMMIT_STATISTICS_BYTES // per_step))
+    return max(1, min(left, steps, most_statistics // per_step))
 
 
 def sweep_worker_bytes(shape: ModelShape, entry_capacity: int) -> int:
     """Buffers of one worker that sweeps a block: base, state, codec, frames, changes."""
     blocks = 2 * shape.largest_block_bytes
-    frames = _read_frames_bytes(shape)
+    frames = _frames_at_hand_bytes(shape)
     entries = ENTRY_BYTES * max(entry_capacity, shape.largest_block)
     return blocks + codec_bytes(shape) + frames + entries
 
@@ -151,15 +164,16 @@ def gram_worker_bytes(shape: ModelShape, entry_capacity: int, rows: int) -> int:
 
 
 def write_worker_bytes(shape: ModelShape, entry_capacity: int, outputs: int) -> int:
-    """One worker of the writing stage: a sweep, float64 accumulators, one rounded block."""
+    """One worker of the writing stage: a sweep, float64 accumulators, a rounded block each."""
     accumulators = 8 * outputs * shape.largest_block
-    return sweep_worker_bytes(shape, entry_capacity) + accumulators + shape.largest_block_bytes
+    rounded = outputs * shape.largest_block_bytes
+    return sweep_worker_bytes(shape, entry_capacity) + accumulators + rounded
 
 
 def copy_worker_bytes(shape: ModelShape) -> int:
     """One worker of export: base, state, codec, frames."""
     blocks = 3 * shape.largest_block_bytes
-    return blocks + codec_bytes(shape) + _read_frames_bytes(shape)
+    return blocks + codec_bytes(shape) + _frames_at_hand_bytes(shape)
 
 
 def extrapolate_shared_bytes(
@@ -170,7 +184,8 @@ def extrapolate_shared_bytes(
     passes = 3 * 8 * rows * basis * shape.tensors
     grams = (SUM_TREE_ALIVE + 2) * 8 * rows * rows if exact_tensors else 0
     weights = 2 * 8 * rows * outputs * shape.tensors
-    return tables + passes + grams + weights
+    sketches = SKETCHES_BYTES if basis else 0
+    return tables + passes + grams + weights + sketches
 
 
 def make_plan(

@@ -19,7 +19,8 @@ Nothing here opens a file or knows a scheduler.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,11 +42,22 @@ OVERSAMPLING = 7
 _DENSE_SHARE = 0.15
 """Above this share of nonzeros a matrix product beats pairing the nonzeros of each column."""
 
-GRAM_COLUMNS = 1 << 15
-"""Columns of D handled at a time for the Gram matrix where the planner gives no other number."""
-
 _RANK_TOLERANCE = 1e-13
 """Components below this share of the largest eigenvalue are noise of float64, not directions."""
+
+
+@kernel
+def split_rows(positions, starts, ends, column, cuts):  # type: ignore[no-untyped-def]
+    """Write where each row's entries left of `column` end; positions ascend in each row."""
+    for i in range(starts.size):
+        low, high = starts[i], ends[i]
+        while low < high:
+            middle = (low + high) >> 1
+            if positions[middle] < column:
+                low = middle + 1
+            else:
+                high = middle
+        cuts[i] = low
 
 
 @dataclass(frozen=True)
@@ -56,8 +68,8 @@ class ChangeRows:
     ----------
     rows : ndarray of int64, shape (n,)
         Row numbers (0 is the first step), ascending.
-    starts : ndarray of int64, shape (n + 1,)
-        Row ``rows[i]`` has entries ``starts[i]:starts[i + 1]``.
+    starts, ends : ndarray of int64, shape (n,)
+        Row ``rows[i]`` has entries ``starts[i]:ends[i]``.
     positions : ndarray of uint32
         Columns within the block, ascending in each row.
     values : ndarray of float64
@@ -66,40 +78,43 @@ class ChangeRows:
 
     rows: NDArray[np.int64]
     starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
     positions: NDArray[np.uint32]
     values: Float64
 
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        positions: NDArray[np.uint32],
+        values: Float64,
+    ) -> ChangeRows:
+        """Return rows whose entries lie one row behind the other, `counts` of them each."""
+        ends = np.cumsum(np.array(counts, np.int64))
+        starts = ends - np.array(counts, np.int64)
+        return cls(np.array(rows, np.int64), starts, ends, positions, values)
 
-def sketch_key(seed: int, name: str) -> int:
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return int((self.ends - self.starts).sum())
+
+    def split(self, column: int) -> tuple[ChangeRows, ChangeRows]:
+        """Return the entries from `column` on, and those left of it."""
+        cuts = np.empty_like(self.starts)
+        split_rows(self.positions, self.starts, self.ends, column, cuts)
+        return replace(self, starts=cuts), replace(self, ends=cuts)
+
+
+def sketch_key(seed: int, name: str) -> np.uint64:
     """Return the 64-bit key from which a tensor's test matrix is hashed."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
+    return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 @kernel
-def _sketch_kernel(positions, values, count, first_element, key, row):  # type: ignore[no-untyped-def]
-    # The width is a power of two: a mask is the remainder, without a division per element.
-    bucket = np.uint64(row.size - 1)
-    for i in range(count):
-        # splitmix64 of (key + element): 8 bits choose the bucket, one the sign.
-        x = np.uint64(key) + (np.uint64(first_element) + np.uint64(positions[i])) * np.uint64(
-            0x9E3779B97F4A7C15
-        )
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-        value = values[i]
-        row[x & bucket] += value if x >> np.uint64(63) else -value
-
-
-def sketch_changes(
-    positions: NDArray[np.uint32],
-    values: Float64,
-    count: int,
-    first_element: int,
-    key: int,
-    row: Float64,
-) -> None:
+def add_to_sketch(positions, values, count, first_element, key, row):  # type: ignore[no-untyped-def]
     """Add one block's share of ``D_t Omega`` to `row`.
 
     Omega (d, width) has one nonzero per row, +1 or -1, at a column hashed from `key` and the
@@ -108,16 +123,27 @@ def sketch_changes(
 
     Parameters
     ----------
-    positions, values : ndarray
+    positions, values : ndarray of uint32, of float64
         Changed elements within the block and their changes; the first `count` count.
     first_element : int
         Offset of the block in its tensor.
-    key : int
+    key : uint64
         From `sketch_key`.
     row : ndarray of float64, shape (width,)
         Summed into; its width is a power of two.
     """
-    _sketch_kernel(positions, values, count, first_element, np.uint64(key), row)
+    # The width is a power of two: a mask is the remainder, without a division per element.
+    bucket = np.uint64(row.size - 1)
+    for i in range(count):
+        # splitmix64 of (key + element): 8 bits choose the bucket, one the sign.
+        x = key + (np.uint64(first_element) + np.uint64(positions[i])) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        value = values[i]
+        row[x & bucket] += value if x >> np.uint64(63) else -value
 
 
 def pack_sketch(row: Float64) -> tuple[NDArray[np.float16], np.float32]:
@@ -141,74 +167,94 @@ def unpack_sketch(rows: NDArray[np.float16], scales: NDArray[np.float32]) -> Flo
 
 
 @kernel
-def _project_kernel(rows, starts, positions, values, coefficients, out):  # type: ignore[no-untyped-def]
+def project(rows, starts, ends, positions, values, first, coefficients, out):  # type: ignore[no-untyped-def]
+    """`add_weighted_rows`, for kernels."""
     for i in range(rows.size):
         row = rows[i]
-        for entry in range(starts[i], starts[i + 1]):
-            p = positions[entry]
+        for entry in range(starts[i], ends[i]):
+            p = np.int64(positions[entry]) - first
             value = values[entry]
             for column in range(out.shape[1]):
                 out[p, column] += value * coefficients[row, column]
 
 
-def add_weighted_rows(changes: ChangeRows, coefficients: Float64, out: Float64 | Float32) -> None:
+def add_weighted_rows(
+    changes: ChangeRows, first: int, coefficients: Float64, out: Float64 | Float32
+) -> None:
     """Add ``D^T C`` to `out`: for each element the weighted sum of its changes.
 
     Parameters
     ----------
     changes : ChangeRows
-        Rows of D for one block.
+        Rows of D, cut to the columns of `out`.
+    first : int
+        Column of the block that row 0 of `out` belongs to.
     coefficients : ndarray of float64, shape (T, k)
         C; row t weighs row t of D.
-    out : ndarray of float32 or float64, shape (b, k)
+    out : ndarray of float32 or float64, shape (columns, k)
         Summed into.
     """
-    _project_kernel(
-        changes.rows, changes.starts, changes.positions, changes.values, coefficients, out
+    project(
+        changes.rows,
+        changes.starts,
+        changes.ends,
+        changes.positions,
+        changes.values,
+        first,
+        coefficients,
+        out,
     )
 
 
 @kernel
-def _contract_kernel(rows, starts, positions, values, projected, out):  # type: ignore[no-untyped-def]
+def contract(rows, starts, ends, positions, values, first, projected, out):  # type: ignore[no-untyped-def]
+    """`add_products`, for kernels."""
     for i in range(rows.size):
         row = rows[i]
-        for entry in range(starts[i], starts[i + 1]):
-            p = positions[entry]
+        for entry in range(starts[i], ends[i]):
+            p = np.int64(positions[entry]) - first
             value = values[entry]
             for column in range(out.shape[1]):
                 out[row, column] += value * projected[p, column]
 
 
-def add_products(changes: ChangeRows, projected: Float32 | Float64, out: Float64) -> None:
-    """Add ``D P`` to `out` (T, k) for the rows in `changes`; `projected` is P (b, k)."""
-    _contract_kernel(
-        changes.rows, changes.starts, changes.positions, changes.values, projected, out
+def add_products(
+    changes: ChangeRows, first: int, projected: Float32 | Float64, out: Float64
+) -> None:
+    """Add ``D P`` to `out` (T, k) for the rows in `changes`; `projected` is P (columns, k).
+
+    `changes` is cut to the columns of P, which begin at column `first` of the block.
+    """
+    contract(
+        changes.rows,
+        changes.starts,
+        changes.ends,
+        changes.positions,
+        changes.values,
+        first,
+        projected,
+        out,
     )
 
 
 @kernel
-def _columns_kernel(rows, starts, positions, values, cursors, stop, first, heads, row_of, value_of):  # type: ignore[no-untyped-def]
-    """Regroup by column the entries of columns [first, stop) that `cursors` points at.
+def _columns_kernel(rows, starts, ends, positions, values, first, heads, row_of, value_of):  # type: ignore[no-untyped-def]
+    """Regroup entries by column; `first` is the column of ``heads[0]``.
 
-    heads (stop - first + 1) comes zeroed and ends as starts of columns. Cursors move on.
+    heads (columns + 1) comes zeroed and ends as starts of columns.
     """
     for i in range(rows.size):
-        entry = cursors[i]
-        while entry < starts[i + 1] and positions[entry] < stop:
+        for entry in range(starts[i], ends[i]):
             heads[positions[entry] - first + 1] += 1
-            entry += 1
     for column in range(heads.size - 1):
         heads[column + 1] += heads[column]
     fill = heads[:-1].copy()
     for i in range(rows.size):
-        entry = cursors[i]
-        while entry < starts[i + 1] and positions[entry] < stop:
+        for entry in range(starts[i], ends[i]):
             column = positions[entry] - first
             row_of[fill[column]] = rows[i]
             value_of[fill[column]] = values[entry]
             fill[column] += 1
-            entry += 1
-        cursors[i] = entry
 
 
 @kernel
@@ -222,81 +268,66 @@ def _pairs_kernel(heads, row_of, value_of, gram):  # type: ignore[no-untyped-def
 
 
 @kernel
-def _scatter_kernel(rows, starts, positions, values, first, stop, dense):  # type: ignore[no-untyped-def]
+def _scatter_kernel(rows, starts, ends, positions, values, first, dense):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
-        for entry in range(starts[i], starts[i + 1]):
-            p = np.int64(positions[entry])
-            if first <= p < stop:
-                dense[rows[i], p - first] = values[entry]
+        for entry in range(starts[i], ends[i]):
+            dense[rows[i], np.int64(positions[entry]) - first] = values[entry]
 
 
 def scatter_columns(changes: ChangeRows, first: int, dense: Float64) -> None:
-    """Write columns ``first : first + dense.shape[1]`` of the rows in `changes` into `dense`."""
+    """Write the rows in `changes` into `dense` (T, columns), whose columns begin at `first`.
+
+    `changes` is cut to those columns.
+    """
     _scatter_kernel(
         changes.rows,
         changes.starts,
+        changes.ends,
         changes.positions,
         changes.values,
         first,
-        first + dense.shape[1],
         dense,
     )
 
 
-def add_gram(
-    changes: ChangeRows, elements: int, gram: Float64, columns: int = GRAM_COLUMNS
-) -> None:
-    """Add one block's share of ``D D^T`` (lower triangle) to `gram`, from all rows of the block.
+def add_gram(changes: ChangeRows, first: int, columns: int, gram: Float64) -> None:
+    """Add the share of some columns in ``D D^T`` (lower triangle) to `gram`.
 
     Parameters
     ----------
     changes : ChangeRows
-        Every row of D that the Gram matrix is over, for one block.
-    elements : int
-        Columns of the block.
+        Every row of D that the Gram matrix is over, cut to the columns.
+    first, columns : int
+        First column in the block, and how many; the room taken is up to 8 T bytes for each.
     gram : ndarray of float64, shape (T, T)
         Summed into; only the lower triangle is meant.
-    columns : int
-        Columns handled at a time; the room taken is 8 T bytes for each.
 
     Notes
     -----
     Costs the sum over columns of (nonzeros in the column)^2 while D is sparse, T^2 per column
     by matrix product when it is not.
     """
-    cursors = changes.starts[:-1].copy()
-    for first in range(0, elements, columns):
-        stop = min(elements, first + columns)
-        ends = np.array(
-            [
-                np.searchsorted(changes.positions[low:high], np.uint32(stop)) + low
-                for low, high in zip(cursors, changes.starts[1:], strict=True)
-            ],
-            np.int64,
-        ).reshape(-1)
-        entries = int((ends - cursors).sum())
-        if entries > _DENSE_SHARE * gram.shape[0] * (stop - first):
-            dense = np.zeros((gram.shape[0], stop - first))
-            scatter_columns(changes, first, dense)
-            gram += dense @ dense.T
-            cursors = ends
-        elif entries:
-            heads = np.zeros(stop - first + 1, np.int64)
-            row_of = np.empty(entries, np.int64)
-            value_of = np.empty(entries)
-            _columns_kernel(
-                changes.rows,
-                changes.starts,
-                changes.positions,
-                changes.values,
-                cursors,
-                stop,
-                first,
-                heads,
-                row_of,
-                value_of,
-            )
-            _pairs_kernel(heads, row_of, value_of, gram)
+    entries = changes.entries
+    if entries > _DENSE_SHARE * gram.shape[0] * columns:
+        dense = np.zeros((gram.shape[0], columns))
+        scatter_columns(changes, first, dense)
+        gram += dense @ dense.T
+    elif entries:
+        heads = np.zeros(columns + 1, np.int64)
+        row_of = np.empty(entries, np.int64)
+        value_of = np.empty(entries)
+        _columns_kernel(
+            changes.rows,
+            changes.starts,
+            changes.ends,
+            changes.positions,
+            changes.values,
+            first,
+            heads,
+            row_of,
+            value_of,
+        )
+        _pairs_kernel(heads, row_of, value_of, gram)
 
 
 # --- T x T algebra -----------------------------------------------------------------------------

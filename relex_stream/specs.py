@@ -126,7 +126,7 @@ class Progress(Protocol):
     """What long work tells its caller; called from the thread that started the work only."""
 
     def start(self, stage: str, total_bytes: int) -> None:
-        """Begin a stage that will handle `total_bytes`."""
+        """Begin a stage that will handle `total_bytes`; 0 where there are none to count."""
 
     def advance(self, done_bytes: int) -> None:
         """Report that `done_bytes` more were handled."""

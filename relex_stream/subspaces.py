@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream import planner
 from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace
-from relex_stream.graph import grouped, one_blas_thread, run_groups
+from relex_stream.graph import grouped, map_in_threads, run_groups
 from relex_stream.sketch import (
     OVERSAMPLING,
     Subspace,
@@ -34,6 +35,7 @@ from relex_stream.sketch import (
 from relex_stream.specs import Progress
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
+from relex_stream.sweep import TILE_COLUMNS, sweep_products
 
 Float64 = NDArray[np.float64]
 
@@ -82,6 +84,16 @@ def changed_blocks(store: Store, tensor: StoredTensor, rows: int) -> list[BlockO
     return [BlockOf(tensor, block) for block in np.flatnonzero(touched).tolist()]
 
 
+_CHANGE_WORK = 16
+"""A change costs about as much as this many bytes of a block that are only read."""
+
+
+def block_work(store: Store, at: BlockOf, rows: int) -> int:
+    """Return how much work a block is, in bytes: its weights, and its changes at their cost."""
+    changes = int(store.changed[:rows, at.column].sum(dtype=np.int64))
+    return at.elements * at.tensor.base_itemsize + _CHANGE_WORK * changes
+
+
 class _BlockSums:
     """What one pass computes per block; safe to call from several threads."""
 
@@ -128,29 +140,31 @@ class _BlockSums:
         changes = reader.change_rows(at, reader.base_bits(at), self._rows)
         # P = M^T Q = D^T (L^T Q). float32: an element's sum over steps carries a few 1e-7, which
         # average out over the block's elements in D P, taken in float64.
-        projected = workspace.array("projected", (at.elements, weights.shape[1]), np.float32)
+        columns = min(TILE_COLUMNS, at.elements) if changes.fits else at.elements
+        projected = workspace.array("projected", (columns, weights.shape[1]), np.float32)
+        if changes.fits:
+            sweep_products(changes.at_hand(), weights, projected, total)
+            return
         projected[:] = 0
         for batch in changes.batches():
-            add_weighted_rows(batch, weights, projected)
+            add_weighted_rows(batch, 0, weights, projected)
         for batch in changes.batches():
-            add_products(batch, projected, total)
+            add_products(batch, 0, projected, total)
 
     def _add_gram(
         self, reader: BlockReader, at: BlockOf, workspace: Workspace, total: Float64
     ) -> None:
         changes = reader.change_rows(at, reader.base_bits(at), self._rows)
-        if changes.fits:
-            for batch in changes.batches():
-                add_gram(batch, at.elements, total, planner.gram_columns(self._rows))
-            return
-        # All rows of some columns at a time, swept again for each run of columns.
-        columns = planner.gram_columns(self._rows)
-        for first in range(0, at.elements, columns):
-            width = min(columns, at.elements - first)
-            dense = workspace.array("columns", (self._rows, width), np.float64)
+        # Needs all rows of a column at once: where they do not fit, each tile is a sweep.
+        for tile in changes.tiles(planner.gram_columns(self._rows)):
+            if changes.fits:
+                for batch in tile.batches():
+                    add_gram(batch, tile.first, tile.columns, total)
+                continue
+            dense = workspace.array("columns", (self._rows, tile.columns), np.float64)
             dense[:] = 0
-            for batch in changes.batches():
-                scatter_columns(batch, first, dense)
+            for batch in tile.batches():
+                scatter_columns(batch, tile.first, dense)
             total += dense @ dense.T
 
 
@@ -187,11 +201,11 @@ def solve_subspaces(
     iteration for the randomized one.
     """
     exact, randomized = split_routes(changed_tensors(store, options.rows), options)
-    with one_blas_thread():
-        bases: dict[Hashable, Float64] = {
-            tensor.index: sketch_basis(unpack_sketch(sketch, scale), options.rank)
-            for tensor, sketch, scale in store.sketch_rows(randomized, options.rows)
-        }
+    bases: dict[Hashable, Float64] = dict(
+        map_in_threads(
+            partial(_basis, options.rank), store.sketch_rows(randomized, options.rows), workers
+        )
+    )
     results: dict[Hashable, Subspace | Float64] = {}
     for iteration in range(options.power_iterations if randomized else min(1, len(exact))):
         tensors = randomized + (exact if iteration == 0 else [])
@@ -201,7 +215,7 @@ def solve_subspaces(
                 (
                     tensor.index,
                     changed_blocks(store, tensor, options.rows),
-                    lambda at: at.elements * at.tensor.base_itemsize,
+                    lambda at: block_work(store, at, options.rows),
                 )
                 for tensor in sorted(tensors, key=lambda tensor: tensor.index)
             ),
@@ -219,6 +233,13 @@ def solve_subspaces(
         for index, subspace in results.items()
         if isinstance(index, int) and isinstance(subspace, Subspace)
     }
+
+
+def _basis(
+    rank: int, stored: tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]
+) -> tuple[Hashable, Float64]:
+    tensor, sketch, scale = stored
+    return tensor.index, sketch_basis(unpack_sketch(sketch, scale), rank)
 
 
 class _Finish:

@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
+from relex_stream.intrinsics import (
+    DIFFERENCE_LANES,
+    bits_from_float32,
+    bits_from_float64,
+    difference_mask,
+    float32_from_bits,
+    trailing_zeros,
+)
 from relex_stream.kernels import kernel
 
 Bits = NDArray[Any]
@@ -90,32 +96,9 @@ def ordered(bits: Bits) -> Bits:
     return np.where(bits >> top, bits ^ below_sign, bits)
 
 
-@intrinsic
-def _float32_from_bits(typingctx: Any, bits: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), codegen
-
-
-@intrinsic
-def _bits_from_float32(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
-
-
-@intrinsic
-def _bits_from_float64(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(64))
-
-    return types.uint64(types.float64), codegen
-
-
 @njit(inline="always")
-def _ordered_one(pattern, top):  # type: ignore[no-untyped-def]
+def ordered_one(pattern, top):  # type: ignore[no-untyped-def]
+    """Return the ordered pattern of one pattern whose sign is bit `top`, or undo that."""
     # Branch-free: all bits below the sign are flipped when the sign is set.
     pattern = np.uint32(pattern)
     flip = (np.uint32(0) - (pattern >> np.uint32(top))) & np.uint32((1 << top) - 1)
@@ -123,7 +106,8 @@ def _ordered_one(pattern, top):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _finite_one(pattern, format_number):  # type: ignore[no-untyped-def]
+def finite_one(pattern, format_number):  # type: ignore[no-untyped-def]
+    """Say whether a pattern is a finite number."""
     wide = np.uint32(pattern)
     if format_number == _BF16:
         return (wide & np.uint32(0x7F80)) != np.uint32(0x7F80)
@@ -133,30 +117,36 @@ def _finite_one(pattern, format_number):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _number_one(pattern, format_number):  # type: ignore[no-untyped-def]
+def number_one(pattern, format_number):  # type: ignore[no-untyped-def]
     """Return the value of a pattern as float64, 0.0 when it is not finite."""
-    if not _finite_one(pattern, format_number):
+    if not finite_one(pattern, format_number):
         return 0.0
     wide = np.uint32(pattern)
     if format_number == _BF16:
-        return np.float64(_float32_from_bits(wide << np.uint32(16)))
+        return np.float64(float32_from_bits(wide << np.uint32(16)))
     if format_number == _F16:
         # The half's exponent and mantissa in a float's place, then the bias put right by an
         # exact multiplication; subnormal halves come out exact too.
-        magnitude = np.float64(_float32_from_bits((wide & np.uint32(0x7FFF)) << np.uint32(13)))
+        magnitude = np.float64(float32_from_bits((wide & np.uint32(0x7FFF)) << np.uint32(13)))
         magnitude *= 5.192296858534828e33  # 2**112
         return -magnitude if wide & np.uint32(0x8000) else magnitude
-    return np.float64(_float32_from_bits(wide))
+    return np.float64(float32_from_bits(wide))
+
+
+@njit(inline="always")
+def _zigzag_difference(before, after, top):  # type: ignore[no-untyped-def]
+    mask = np.uint32((1 << (top + 1)) - 1)
+    difference = (ordered_one(after, top) - ordered_one(before, top)) & mask
+    sign = (np.uint32(0) - (difference >> np.uint32(top))) & mask
+    return ((difference << np.uint32(1)) & mask) ^ sign
 
 
 @kernel
-def find_changes(before_words, after_words, before, after, positions, zigzags):  # type: ignore[no-untyped-def]
+def find_changes(before, after, positions, zigzags):  # type: ignore[no-untyped-def]
     """Find the elements whose bits differ, and by how much.
 
     Parameters
     ----------
-    before_words, after_words : ndarray of uint64
-        The same memory as `before` and `after`, whole 64-bit words only.
     before, after : ndarray of uint8, uint16 or uint32, shape (b,)
         Bit patterns at two steps.
     positions : ndarray of uint32, shape (>= b,)
@@ -169,25 +159,22 @@ def find_changes(before_words, after_words, before, after, positions, zigzags): 
     int
         Number of changed elements.
     """
-    lanes = 8 // before.itemsize
     top = 8 * before.itemsize - 1
-    mask = np.uint32((1 << (top + 1)) - 1)
-    words = before_words.size
     found = 0
-    for word in range(words + 1):
-        if word < words:
-            if before_words[word] == after_words[word]:
-                continue
-            start, stop = word * lanes, (word + 1) * lanes
-        else:
-            start, stop = words * lanes, before.size
-        for i in range(start, stop):
-            if before[i] != after[i]:
-                difference = (_ordered_one(after[i], top) - _ordered_one(before[i], top)) & mask
-                sign = (np.uint32(0) - (difference >> np.uint32(top))) & mask
-                positions[found] = i
-                zigzags[found] = ((difference << np.uint32(1)) & mask) ^ sign
-                found += 1
+    whole = before.size // DIFFERENCE_LANES * DIFFERENCE_LANES
+    for first in range(0, whole, DIFFERENCE_LANES):
+        changed = difference_mask(before, first, after, first)
+        while changed != np.uint64(0):
+            at = first + np.int64(trailing_zeros(changed))
+            changed &= changed - np.uint64(1)
+            positions[found] = at
+            zigzags[found] = _zigzag_difference(before[at], after[at], top)
+            found += 1
+    for i in range(whole, before.size):
+        if before[i] != after[i]:
+            positions[found] = i
+            zigzags[found] = _zigzag_difference(before[i], after[i], top)
+            found += 1
     return found
 
 
@@ -204,61 +191,87 @@ def advance(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
         code = np.uint32(zigzags[i])
         difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
         # The sum wraps in 32 bits; it is cut to the pattern's width before the order is undone.
-        after = (_ordered_one(state[p], top) + difference) & mask
-        state[p] = _ordered_one(after, top)
+        after = (ordered_one(state[p], top) + difference) & mask
+        state[p] = ordered_one(after, top)
 
 
 @kernel
-def advance_with_values(state, positions, zigzags, count, format_number, values):  # type: ignore[no-untyped-def]
-    """Apply differences to `state` in place and write what each added, as float64, to `values`."""
+def retreat(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
+    """Take back what `advance` did."""
     top = 8 * state.itemsize - 1
     mask = np.uint32((1 << (top + 1)) - 1)
     for i in range(count):
         p = positions[i]
-        before = state[p]
         code = np.uint32(zigzags[i])
         difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
-        after = _ordered_one((_ordered_one(before, top) + difference) & mask, top)
-        state[p] = after
-        values[i] = _number_one(after, format_number) - _number_one(before, format_number)
+        before = (ordered_one(state[p], top) - difference) & mask
+        state[p] = ordered_one(before, top)
 
 
 @kernel
-def change_values(base, before, after, positions, count, format_number, values):  # type: ignore[no-untyped-def]
-    """Measure the changes between two steps.
+def advance_rows(state, starts, ends, positions, zigzags, format_number, values):  # type: ignore[no-untyped-def]
+    """Apply the differences of some rows to `state` in place, one row after the other.
+
+    Row i has entries ``starts[i]:ends[i]`` of positions and zigzags. What each added is written to
+    `values`, as float64, at the same place.
+    """
+    top = 8 * state.itemsize - 1
+    mask = np.uint32((1 << (top + 1)) - 1)
+    for row in range(starts.size):
+        for i in range(starts[row], ends[row]):
+            p = positions[i]
+            before = state[p]
+            code = np.uint32(zigzags[i])
+            difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
+            after = ordered_one((ordered_one(before, top) + difference) & mask, top)
+            state[p] = after
+            values[i] = number_one(after, format_number) - number_one(before, format_number)
+
+
+@kernel
+def take_changes(base, state, after, first, positions, count, format_number, values):  # type: ignore[no-untyped-def]
+    """Measure the changes that `find_changes` found in a piece of a block, and make them.
 
     Parameters
     ----------
-    base, before, after : ndarray of uint16 or uint32, shape (b,)
-        Bit patterns at the base, the step before and this step.
+    base, state : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns of the block at the base, and at the step before in the piece; `state` is at
+        this step afterwards.
+    after : ndarray of uint16 or uint32
+        Bit patterns at this step of the piece that begins at element `first`.
     positions : ndarray of uint32
-        The first `count` are the changed elements.
+        The first `count` are the changed elements: within the piece on entry, within the block on
+        return.
     values : ndarray of float64
-        Out: `after - before` at the changed elements.
+        Out: change in value of each.
 
     Returns
     -------
     change_sq : float
-        Sum of squares of `after - before`.
+        Sum of squares of the changes.
     delta_sq_growth : float
-        What the changes add to the sum of squares of `after - base`.
+        What the changes add to the sum of squares of ``this step - base``.
     nonfinite_at : int
-        First position that is not finite now though the base is finite there; -1 if none.
+        First position in the block that is not finite now though the base is finite there; -1 if
+        none.
     """
     change_sq = 0.0
     growth = 0.0
     nonfinite_at = -1
     for i in range(count):
-        p = positions[i]
+        at = positions[i]
+        p = first + np.int64(at)
+        positions[i] = p
         if (
             nonfinite_at < 0
-            and not _finite_one(after[p], format_number)
-            and _finite_one(base[p], format_number)
+            and not finite_one(after[at], format_number)
+            and finite_one(base[p], format_number)
         ):
-            nonfinite_at = int(p)
-        now = _number_one(after[p], format_number)
-        then = _number_one(before[p], format_number)
-        origin = _number_one(base[p], format_number)
+            nonfinite_at = p
+        now = number_one(after[at], format_number)
+        then = number_one(state[p], format_number)
+        origin = number_one(base[p], format_number)
+        state[p] = after[at]
         change = now - then
         values[i] = change
         change_sq += change * change
@@ -270,7 +283,7 @@ def change_values(base, before, after, positions, count, format_number, values):
 @njit(inline="always")
 def _round_one(value, mantissa, bias):  # type: ignore[no-untyped-def]
     """Round a float64 to a 16-bit format in one step, to nearest even; return the pattern."""
-    wide = _bits_from_float64(value)
+    wide = bits_from_float64(value)
     sign = (wide >> np.uint64(63)) << np.uint64(15)
     magnitude = wide & np.uint64(0x7FFFFFFFFFFFFFFF)
     infinity = np.uint64((2 * bias + 1) << mantissa)
@@ -289,19 +302,20 @@ def _round_one(value, mantissa, bias):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _add_rounded_kernel(bits, addend, format_number, mantissa, bias, out):  # type: ignore[no-untyped-def]
+def add_rounded_kernel(bits, addend, format_number, mantissa, bias, out):  # type: ignore[no-untyped-def]
+    """`add_rounded`, for kernels."""
     overflowed = 0
     for i in range(bits.size):
         # An element no step changed keeps its exact bits (a negative zero, a NaN's payload).
         if addend[i] == 0.0:
             out[i] = bits[i]
             continue
-        value = _number_one(bits[i], format_number) + addend[i]
+        value = number_one(bits[i], format_number) + addend[i]
         if format_number == 2:
-            pattern = _bits_from_float32(np.float32(value))
+            pattern = bits_from_float32(np.float32(value))
         else:
             pattern = _round_one(value, mantissa, bias)
-        if not _finite_one(pattern, format_number):
+        if not finite_one(pattern, format_number):
             overflowed += 1
         out[i] = pattern
     return overflowed
@@ -335,7 +349,7 @@ def add_rounded(base: Bits, addend: NDArray[np.float64], fmt: FloatFormat, out: 
     >>> hex(out[0])
     '0x3fc0'
     """
-    count = _add_rounded_kernel(base, addend, fmt.number, fmt.mantissa, fmt.bias, out)
+    count = add_rounded_kernel(base, addend, fmt.number, fmt.mantissa, fmt.bias, out)
     return int(count)
 
 
@@ -356,8 +370,8 @@ def widen(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> No
 def _widen_half_kernel(bits, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
         wide = np.uint32(bits[i])
-        if _finite_one(wide, _F16):
-            out[i] = _bits_from_float32(np.float32(_number_one(wide, _F16)))
+        if finite_one(wide, _F16):
+            out[i] = bits_from_float32(np.float32(number_one(wide, _F16)))
         else:
             # By integers: a conversion in hardware quiets signalling NaNs on some machines, and a
             # store must give the same bits on all.
@@ -374,7 +388,7 @@ def can_widen(source: FloatFormat, target: FloatFormat) -> bool:
 @kernel
 def _numbers_kernel(bits, format_number, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
-        out[i] = _number_one(bits[i], format_number)
+        out[i] = number_one(bits[i], format_number)
 
 
 def numbers(bits: Bits, fmt: FloatFormat) -> NDArray[np.float64]:

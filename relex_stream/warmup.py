@@ -1,17 +1,20 @@
 """Every kernel run once on a few numbers, before memory is measured and work begins.
 
-The first run after an installation compiles them (seconds, and some 100 MB that the compiler
-keeps); later runs load them from numba's cache. Either way it has happened when the planner asks
-what the process holds, and no worker waits for another's compilation.
+The first run after an installation compiles them (some ten seconds, and 100 MB that the compiler
+keeps) and says so; later runs load them from numba's cache. Either way it has happened when the
+planner asks what the process holds, and no worker waits for another's compilation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
+from relex_stream import checksum
 from relex_stream.codec import Changes, FrameCodec
+from relex_stream.scan import scan_buffers, scan_steps, scan_tables
 from relex_stream.sketch import (
     SKETCH_WIDTH,
     ChangeRows,
@@ -19,46 +22,93 @@ from relex_stream.sketch import (
     add_products,
     add_weighted_rows,
     scatter_columns,
-    sketch_changes,
 )
+from relex_stream.specs import Progress
 from relex_stream.store.records import StoredTensor
+from relex_stream.sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.ulp import (
     FORMATS,
     FloatFormat,
     add_rounded,
     advance,
-    advance_with_values,
-    change_values,
+    advance_rows,
 )
 
 _ELEMENTS = 64
 
 
-def warm_up_encoding(tensors: Iterable[StoredTensor]) -> None:
+FIRST_RUN = "compile kernels (once per installation)"
+"""The stage that `Progress` is told of when they are not in the cache."""
+
+
+@contextmanager
+def _announced(progress: Progress) -> Iterator[None]:
+    """Tell of the compilation if there will be one: a kernel of the cheapest shows it."""
+    checksum.extend(np.uint32(0), np.zeros(1, np.uint8))
+    stats = checksum.extend.stats  # type: ignore[attr-defined]
+    if stats.cache_path is not None and not stats.cache_misses:
+        yield
+        return
+    progress.start(FIRST_RUN, 0)
+    yield
+    progress.finish()
+
+
+def warm_up_encoding(tensors: Iterable[StoredTensor], progress: Progress) -> None:
     """Prepare what a build of these tensors runs."""
+    with _announced(progress):
+        _warm_up_encoding(tensors)
+
+
+def warm_up_decoding(tensors: Iterable[StoredTensor], progress: Progress) -> None:
+    """Prepare what an export, a verification or an opened store runs."""
+    with _announced(progress):
+        _warm_up_decoding(tensors)
+
+
+def warm_up_extrapolation(tensors: Iterable[StoredTensor], progress: Progress) -> None:
+    """Prepare what an extrapolation runs."""
+    with _announced(progress):
+        _warm_up_extrapolation(tensors)
+
+
+def _warm_up_encoding(tensors: Iterable[StoredTensor]) -> None:
     for fmt in _formats(tensors):
         before, after, changes = _round_trip(fmt)
-        values = np.zeros(_ELEMENTS)
-        change_values(before, before, after, changes.positions, changes.count, fmt.number, values)
-        sketch_changes(changes.positions, values, changes.count, 0, 1, np.zeros(SKETCH_WIDTH))
+        buffers = scan_buffers(FrameCodec(_ELEMENTS, fmt.itemsize), changes)
+        nowhere = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        tables = scan_tables(0, SKETCH_WIDTH)
+        scan_steps(*nowhere, 0, 0, before, after, fmt.number, 0, np.uint64(0), buffers, tables)
 
 
-def warm_up_decoding(tensors: Iterable[StoredTensor]) -> None:
-    """Prepare what an export, a verification or an opened store runs."""
+def _warm_up_decoding(tensors: Iterable[StoredTensor]) -> None:
     for fmt in _formats(tensors):
         before, _, changes = _round_trip(fmt)
         advance(before, changes.positions, changes.zigzags, changes.count)
 
 
-def warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
-    """Prepare what an extrapolation runs."""
+def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
     tensors = list(tensors)
     for fmt in _formats(tensors):
         before, _, changes = _round_trip(fmt)
-        values = np.zeros(_ELEMENTS)
-        advance_with_values(
-            before, changes.positions, changes.zigzags, changes.count, fmt.number, values
+        block = BlockRows(
+            state=before,
+            format_number=fmt.number,
+            rows=np.zeros(1, np.int64),
+            starts=np.zeros(1, np.int64),
+            ends=np.array([changes.count]),
+            positions=changes.positions,
+            zigzags=changes.zigzags,
+            values=np.zeros(_ELEMENTS),
         )
+        advance_rows(block.state, *block[3:7], fmt.number, block.values)
+        one = np.ones((1, 1))
+        sweep_products(block, one, np.zeros((_ELEMENTS, 1), np.float32), np.zeros((1, 1)))
+        for base_fmt in {FORMATS[t.base_dtype.code] for t in tensors if t.dtype.code == fmt.code}:
+            base = np.zeros(_ELEMENTS, base_fmt.bits_dtype)
+            numbers = (base_fmt.number, base_fmt.mantissa, base_fmt.bias)
+            out = np.zeros((1, _ELEMENTS), base_fmt.bits_dtype)
+            sweep_outputs(block, one, base, numbers, np.zeros((_ELEMENTS, 1)), out)
     for code in {tensor.base_dtype.code for tensor in tensors if tensor.kind == "tracked"}:
         bits = np.zeros(_ELEMENTS, FORMATS[code].bits_dtype)
         add_rounded(bits, np.ones((_ELEMENTS, 1))[:, 0], FORMATS[code], bits)
@@ -66,15 +116,17 @@ def warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
     for entries in (1, _ELEMENTS):
         rows = ChangeRows(
             np.zeros(1, np.int64),
-            np.array([0, entries], np.int64),
+            np.zeros(1, np.int64),
+            np.array([entries]),
             np.arange(entries, dtype=np.uint32),
             np.ones(entries),
         )
+        rows.split(0)
         projected = np.zeros((_ELEMENTS, 1), np.float32)
-        add_weighted_rows(rows, np.ones((1, 1)), projected)
-        add_weighted_rows(rows, np.ones((1, 1)), np.zeros((_ELEMENTS, 1)))
-        add_products(rows, projected, np.zeros((1, 1)))
-        add_gram(rows, _ELEMENTS, np.zeros((1, 1)))
+        add_weighted_rows(rows, 0, np.ones((1, 1)), projected)
+        add_weighted_rows(rows, 0, np.ones((1, 1)), np.zeros((_ELEMENTS, 1)))
+        add_products(rows, 0, projected, np.zeros((1, 1)))
+        add_gram(rows, 0, _ELEMENTS, np.zeros((1, 1)))
         scatter_columns(rows, 0, np.zeros((1, _ELEMENTS)))
 
 

@@ -13,14 +13,26 @@ from hypothesis import strategies as st
 from numcodecs import zstd
 
 from relex_stream.codec import (
+    BAD_CHANGES,
+    BAD_CHECKSUM,
+    BAD_HEADER,
+    BAD_STREAM,
+    GOOD,
     HEADER,
+    NO_ROOM,
     Changes,
     FrameCodec,
     checked_header,
+    frame_crc,
+    frame_room,
+    put_frame,
     read_header,
     split_frames,
+    stream_bytes,
+    take_frames,
 )
 from relex_stream.errors import CorruptionError
+from relex_stream.zstd import Contexts
 
 SPARSE, DENSE = 1, 2
 MAIN_ZSTD, EXTRA_ZSTD = 1, 2
@@ -40,6 +52,50 @@ def random_changes(rng, elements, itemsize, share, largest_value):
     top = min(largest_value, (1 << (8 * itemsize)) - 1)
     zigzags = rng.integers(1, top, count, np.uint64, endpoint=True)
     return changes_of(positions, zigzags, elements, itemsize)
+
+
+class Guarded:
+    """An array with known values behind it, which a kernel that minds its room leaves alone."""
+
+    def __init__(self, size, dtype=np.uint8):
+        self._whole = np.full(size + 64, 0xA5, dtype)
+        self.room = self._whole[:size]
+
+    @property
+    def intact(self):
+        return bool(np.all(self._whole[self.room.size :] == 0xA5))
+
+
+def take(frames, elements=100, itemsize=2, capacity=None, sizes=None):
+    """Decode frames by the kernel alone, which believes nothing, and watch where it writes.
+
+    Returns what it found, and for each good frame row, positions and zigzags.
+    """
+    capacity = elements * max(1, len(frames)) if capacity is None else capacity
+    sizes = [len(frame) for frame in frames] if sizes is None else sizes
+    positions, zigzags = Guarded(capacity, np.uint32), Guarded(capacity, f"u{itemsize}")
+    streams, table = Guarded(stream_bytes(elements)), Guarded(3 * len(sizes), np.int64)
+    contexts = Contexts()
+    good, finding = take_frames(
+        np.frombuffer(b"".join(frames), np.uint8).copy(),
+        np.array(sizes, np.int64),
+        elements,
+        *(streams.room, contexts.handles, positions.room, zigzags.room),
+        table.room.reshape(3, len(sizes)),
+    )
+    assert positions.intact
+    assert zigzags.intact
+    assert streams.intact
+    assert table.intact
+    decoded = []
+    at = 0
+    for frame, row, count, crc in zip(frames, *table.room.reshape(3, -1)[:, :good], strict=False):
+        here = slice(at, at + count)
+        decoded.append((int(row), positions.room[here].tolist(), zigzags.room[here].tolist()))
+        assert crc == frame_crc(frame)
+        at += count
+    assert (finding == GOOD) == (good == len(sizes))
+    return finding, decoded
 
 
 def check_round_trip(changes, row, elements, itemsize):
@@ -157,21 +213,134 @@ def test_the_kind_follows_the_share_of_changes(share, kinds, largest_value):
     assert frame[1] in kinds
 
 
-def test_between_the_kinds_the_smaller_one_wins():
+def varint(number):
+    digits = []
+    while number >= 128:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*digits, number])
+
+
+def packed(raw):
+    """Return a stream as it is stored, and whether that is compressed."""
+    smaller = bytes(zstd.compress(raw, 1)) if len(raw) > 16 else raw
+    return (smaller, True) if len(smaller) < len(raw) else (raw, False)
+
+
+def sparse_by_the_text(row, changes, elements):
+    """Write a sparse frame from docs/store-format.md, a number at a time."""
+    count = changes.count
+    k = min(15, max(0, math.floor(math.log2(max((elements - count) / count * math.log(2), 1)))))
+    symbols, low, low_bits, extra = bytearray(), 0, 0, bytearray()
+    following = 0
+    for position, zigzag in zip(
+        changes.positions[:count].tolist(), changes.zigzags[:count].tolist(), strict=True
+    ):
+        gap, value = position - following, zigzag - 1
+        following = position + 1
+        high = gap >> k
+        symbols.append(min(high, 15) << 4 | min(value, 15))
+        low |= (gap & ((1 << k) - 1)) << low_bits
+        low_bits += k
+        extra += b"".join(varint(part - 15) for part in (high, value) if part >= 15)
+    main, main_packed = packed(bytes(symbols))
+    stored, extra_packed = packed(bytes(extra))
+    return sealed(
+        *(main, low.to_bytes((low_bits + 7) // 8, "little"), stored),
+        row=row,
+        rice_bits=k,
+        flags=main_packed | extra_packed << 1,
+        count=count,
+        extra_raw_bytes=len(extra),
+    )
+
+
+def dense_by_the_text(row, changes, elements):
+    """Write a dense frame likewise."""
+    codes = np.zeros(elements, changes.zigzags.dtype)
+    codes[changes.positions[: changes.count]] = changes.zigzags[: changes.count]
+    planes = codes.view(np.uint8).reshape(elements, -1).T
+    main, is_packed = packed(planes.tobytes())
+    return sealed(main, row=row, kind=DENSE, flags=int(is_packed), count=elements)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    elements=st.integers(1, 1500),
+    itemsize=st.sampled_from([1, 2, 4]),
+    share=st.one_of(st.floats(0, 0.125), st.floats(0.501, 1)),
+    magnitude=st.integers(0, 32),
+    row=st.integers(0, 15),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(elements=1000, itemsize=2, share=0.125, magnitude=3, row=0, seed=0)
+def test_frames_are_those_of_the_format_byte_by_byte(
+    elements, itemsize, share, magnitude, row, seed
+):
+    rng = np.random.default_rng(seed)
+    changes = random_changes(rng, elements, itemsize, share, 1 << magnitude)
+    frame = FrameCodec(elements, itemsize).encode(row, changes, elements)
+    if 8 * changes.count <= elements:
+        assert frame == sparse_by_the_text(row, changes, elements)
+    elif 2 * changes.count > elements:
+        assert frame == dense_by_the_text(row, changes, elements)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_between_the_kinds_the_smaller_one_wins(itemsize):
     rng = np.random.default_rng(3)
     seen = set()
-    for share in (0.15, 0.25, 0.35, 0.45):
+    for share in (0.13, 0.15, 0.25, 0.35, 0.45, 0.5):
         for largest_value in (1, 255):
-            changes = random_changes(rng, 4000, 2, share, largest_value)
-            frames = FrameCodec(4000, 2)
-            sizes = {
-                SPARSE: len(frames._encode_sparse(0, changes, 4000)),
-                DENSE: len(frames._encode_dense(0, changes, 4000)),
-            }
-            frame = frames.encode(0, changes, 4000)
-            assert len(frame) == min(sizes.values())
+            changes = random_changes(rng, 4000, itemsize, share, largest_value)
+            frame = FrameCodec(4000, itemsize).encode(5, changes, 4000)
+            sparse = sparse_by_the_text(5, changes, 4000)
+            dense = dense_by_the_text(5, changes, 4000)
+            assert frame == min(sparse, dense, key=len)
             seen.add(frame[1])
     assert seen == {SPARSE, DENSE}
+
+
+def test_a_kind_with_longer_streams_wins_if_they_compress():
+    # Raw, the streams of the sparse frame are longer than the planes; compressed they are not.
+    positions = np.sort(np.random.default_rng(9).choice(286, 140, replace=False))
+    changes = changes_of(positions, [255] * 140, 286, 1)
+    frame = FrameCodec(286, 1).encode(0, changes, 286)
+    sparse = sparse_by_the_text(0, changes, 286)
+    dense = dense_by_the_text(0, changes, 286)
+    assert len(sparse) < len(dense)
+    assert frame == sparse
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    elements=st.integers(1, 600),
+    itemsize=st.sampled_from([1, 2, 4]),
+    share=st.floats(0, 1),
+    magnitude=st.integers(0, 32),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(elements=8, itemsize=1, share=0.125, magnitude=8, seed=0)
+@example(elements=16, itemsize=1, share=0.125, magnitude=8, seed=0)
+@example(elements=600, itemsize=1, share=0.5, magnitude=8, seed=0)
+def test_a_frame_stays_in_its_room(elements, itemsize, share, magnitude, seed):
+    rng = np.random.default_rng(seed)
+    changes = random_changes(rng, elements, itemsize, share, 1 << magnitude)
+    # Few changes with gaps and values as long as they can be.
+    changes.positions[: changes.count] += np.uint32(
+        elements - 1 - changes.positions[: changes.count].max()
+    )
+    room, streams = Guarded(frame_room(elements, itemsize)), Guarded(stream_bytes(elements))
+    contexts = Contexts()
+    size = put_frame(
+        *(3, changes.positions, changes.zigzags, changes.count, elements),
+        *(streams.room, contexts.handles, room.room),
+    )
+    assert room.intact
+    assert streams.intact
+    frame = room.room[:size].tobytes()
+    assert frame == FrameCodec(elements, itemsize).encode(3, changes, elements)
+    assert frame_crc(frame) == google_crc32c.value(frame[:20] + frame[24:])
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -228,7 +397,7 @@ def test_a_frame_of_a_larger_block_is_refused():
     frame = FrameCodec(100, 2).encode(0, dense, 100)
     with pytest.raises(CorruptionError):
         FrameCodec(100, 2).decode(memoryview(frame), 99, dense)
-    with pytest.raises(CorruptionError, match="100 elements in a block of 101"):
+    with pytest.raises(CorruptionError, match="impossible fields"):
         FrameCodec(101, 2).decode(memoryview(frame), 101, Changes(101, 2))
 
 
@@ -301,6 +470,7 @@ HOSTILE_HEADERS = {
 def test_impossible_headers_are_refused(name):
     with pytest.raises(CorruptionError, match="impossible fields"):
         decode(HOSTILE_HEADERS[name])
+    assert take([HOSTILE_HEADERS[name]]) == (BAD_HEADER, [])
 
 
 HOSTILE_STREAMS = {
@@ -329,6 +499,9 @@ HOSTILE_STREAMS = {
 def test_streams_that_describe_no_such_block_are_refused(name):
     with pytest.raises(CorruptionError):
         decode(HOSTILE_STREAMS[name])
+    finding, decoded = take([HOSTILE_STREAMS[name]])
+    assert finding in {BAD_HEADER, BAD_STREAM, BAD_CHANGES}
+    assert not decoded
 
 
 def test_the_largest_value_of_the_width_is_the_limit():
@@ -375,14 +548,18 @@ ZSTD_LIES = {
 @pytest.mark.parametrize("name", ZSTD_LIES)
 def test_compressed_streams_hold_exactly_what_the_frame_says(name):
     stream = ZSTD_LIES[name]
-    with pytest.raises(CorruptionError):
-        decode(sealed(stream, count=100, flags=MAIN_ZSTD))
-    with pytest.raises(CorruptionError):
-        decode(sealed(stream, kind=DENSE, count=100, flags=MAIN_ZSTD), 100, 1)
-    # The same as the extra stream: 100 values of 16, one zero byte each.
+    # As the extra stream it would be that of 100 values of 16: one zero byte each.
     symbols = bytes([0x0F] * 100)
-    with pytest.raises(CorruptionError):
-        decode(sealed(symbols, extra=stream, count=100, flags=EXTRA_ZSTD, extra_raw_bytes=100))
+    for frame, itemsize in (
+        (sealed(stream, count=100, flags=MAIN_ZSTD), 2),
+        (sealed(stream, kind=DENSE, count=100, flags=MAIN_ZSTD), 1),
+        (sealed(symbols, extra=stream, count=100, flags=EXTRA_ZSTD, extra_raw_bytes=100), 2),
+    ):
+        with pytest.raises(CorruptionError):
+            decode(frame, 100, itemsize)
+        finding, _ = take([frame], 100, itemsize)
+        # Some are longer than any stream of such a block.
+        assert finding == BAD_STREAM or (finding == BAD_HEADER and len(stream) > 100)
 
 
 def test_compressed_streams_of_the_right_size_are_taken():
@@ -407,34 +584,294 @@ def test_what_an_earlier_frame_left_behind_is_not_read():
     )
     assert back.count == 100
     short = sealed(zstd_of([7] * 50), kind=DENSE, count=100, flags=MAIN_ZSTD)
-    with pytest.raises(CorruptionError, match="does not hold the 100 bytes"):
+    with pytest.raises(CorruptionError, match="does not decompress to the bytes it should"):
         frames.decode(memoryview(short), 100, back)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_damage_under_a_sound_checksum_never_leaves_the_block(data):
-    name = data.draw(st.sampled_from(sorted(frames_to_damage())))
-    row, elements, itemsize, changes = frames_to_damage()[name]
-    frames = FrameCodec(elements, itemsize)
-    frame = bytearray(frames.encode(row, changes, elements))
-    for _ in range(data.draw(st.integers(1, 3))):
-        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    struct.pack_into("<I", frame, 20, google_crc32c.value(bytes(frame[:20] + frame[24:])))
-    # Room beyond the block, to see that nothing is written there.
-    back = Changes(elements + 8, itemsize)
-    back.positions[:], back.zigzags[:] = 0xDEADBEEF, 0xAA
+# --- the kernel that decodes, alone ------------------------------------------------------------
+
+
+def resealed(frame):
+    """Return a frame with the checksum that its other bytes have."""
+    return frame[:20] + struct.pack("<I", google_crc32c.value(frame[:20] + frame[24:])) + frame[24:]
+
+
+def declared_bytes(stored):
+    """Return the content size that a zstd frame declares; None for none (RFC 8878, 3.1.1.1)."""
+    if len(stored) < 5 or stored[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    single_segment = stored[4] >> 5 & 1
+    width = (single_segment, 2, 4, 8)[stored[4] >> 6]
+    start = 6 - single_segment + (0, 1, 2, 4)[stored[4] & 3]
+    number = stored[start : start + width]
+    if not number or len(number) < width:
+        return None
+    return int.from_bytes(number, "little") + (256 if width == 2 else 0)
+
+
+def stream_by_the_text(stored, size, is_packed):
+    if not is_packed:
+        assert len(stored) == size
+        return stored
+    assert declared_bytes(stored) == size
+    out = bytearray(size)
     try:
-        frames.decode(memoryview(frame), elements, back)
-    except CorruptionError:
-        pass
+        zstd.decompress(stored, out)
+    except (RuntimeError, ValueError) as error:
+        raise AssertionError from error
+    return bytes(out)
+
+
+def read_by_the_text(frame, elements, itemsize):
+    """Read a frame with every check that docs/store-format.md asks for; None if one fails."""
+    try:
+        return checked_by_the_text(frame, elements, itemsize)
+    except AssertionError:
+        return None
+
+
+def checked_by_the_text(frame, elements, itemsize):
+    assert len(frame) >= 24
+    head = struct.unpack("<BBBBIIIII", frame[:24])
+    row, kind, k, flags, count, main_bytes, extra_bytes, extra_raw_bytes, crc = head
+    assert row < 16
+    assert kind in {SPARSE, DENSE}
+    assert k < 16
+    assert flags < 4
+    assert main_bytes <= elements * itemsize
+    assert crc == google_crc32c.value(frame[:20] + frame[24:])
+    main, rest = frame[24 : 24 + main_bytes], frame[24 + main_bytes :]
+    assert len(main) == main_bytes
+    found = {}
+    if kind == DENSE:
+        assert count == elements
+        assert flags < 2
+        assert k == extra_bytes == extra_raw_bytes == len(rest) == 0
+        planes = stream_by_the_text(main, count * itemsize, flags & 1)
+        for position in range(count):
+            if zigzag := int.from_bytes(planes[position::count], "little"):
+                found[position] = zigzag
+        return row, list(found), list(found.values())
+    assert 0 < count <= elements
+    assert extra_bytes <= extra_raw_bytes <= 10 * count
+    low_bytes = -(-count * k // 8)
+    assert len(rest) == low_bytes + extra_bytes
+    low = int.from_bytes(rest[:low_bytes], "little")
+    symbols = stream_by_the_text(main, count, flags & 1)
+    extra = iter(stream_by_the_text(rest[low_bytes:], extra_raw_bytes, flags & 2))
+
+    def more(part):
+        if part < 15:
+            return part
+        for place in range(5):
+            digit = next(extra, None)
+            assert digit is not None
+            part += (digit & 127) << 7 * place
+            if digit < 128:
+                return part
+        raise AssertionError
+
+    position = -1
+    for symbol in symbols:
+        high = more(symbol >> 4)
+        zigzag = more(symbol & 15) + 1
+        position += 1 + (high << k) + (low & ((1 << k) - 1))
+        low >>= k
+        assert position < elements
+        assert zigzag < 1 << 8 * itemsize
+        found[position] = zigzag
+    assert next(extra, None) is None
+    return row, list(found), list(found.values())
+
+
+def agrees_with_the_text(frame, elements, itemsize):
+    """Check that the kernel takes what the text allows, no more and no less; return if it did."""
+    expected = read_by_the_text(frame, elements, itemsize)
+    finding, decoded = take([frame], elements, itemsize)
+    if expected is None:
+        assert finding != GOOD
     else:
-        positions = back.positions[: back.count].astype(np.int64)
-        assert np.all(np.diff(positions) > 0)
-        assert 0 <= positions[0] <= positions[-1] < elements
-        assert np.all(back.zigzags[: back.count] > 0)
-    assert np.all(back.positions[elements:] == 0xDEADBEEF)
-    assert np.all(back.zigzags[elements:] == 0xAA)
+        assert (finding, decoded) == (GOOD, [expected])
+    return expected is not None
+
+
+def test_frames_lie_one_behind_the_other_and_so_do_their_changes():
+    rng = np.random.default_rng(5)
+    elements, itemsize = 500, 2
+    codec = FrameCodec(elements, itemsize)
+    frames, expected = [], []
+    for row, share in enumerate((0.002, 1.0, 0.02, 0.3, 0.002)):
+        changes = random_changes(rng, elements, itemsize, share, 1 << 16)
+        frames.append(codec.encode(3 * row, changes, elements))
+        some = slice(changes.count)
+        expected.append((3 * row, changes.positions[some].tolist(), changes.zigzags[some].tolist()))
+    in_all = sum(len(positions) for _, positions, _ in expected)
+    assert take(frames, elements, itemsize, capacity=in_all) == (GOOD, expected)
+    assert take([], elements) == (GOOD, [])
+    # Through the class that owns the buffers.
+    sizes = np.array([len(frame) for frame in frames])
+    back = Changes(in_all, itemsize)
+    table = codec.decode_frames(
+        np.frombuffer(b"".join(frames), np.uint8).copy(), sizes, elements, back
+    )
+    assert table[0].tolist() == [row for row, _, _ in expected]
+    assert table[1].tolist() == [len(positions) for _, positions, _ in expected]
+    assert table[2].tolist() == [frame_crc(frame) for frame in frames]
+    assert back.count == in_all
+    assert back.positions.tolist() == [p for _, positions, _ in expected for p in positions]
+    assert back.zigzags.tolist() == [z for _, _, zigzags in expected for z in zigzags]
+    # One that is wrong: those before it are given, it and those behind it are not.
+    for place in range(5):
+        damaged = [*frames]
+        damaged[place] = damaged[place][:-1] + bytes([damaged[place][-1] ^ 1])
+        finding, decoded = take(damaged, elements, itemsize)
+        assert (finding, decoded) == (BAD_CHECKSUM, expected[:place])
+        with pytest.raises(CorruptionError, match="checksum"):
+            codec.decode_frames(
+                np.frombuffer(b"".join(damaged), np.uint8).copy(), sizes, elements, back
+            )
+
+
+def test_more_changes_than_there_is_room_for_are_refused():
+    rng = np.random.default_rng(6)
+    codec = FrameCodec(400, 2)
+    for share in (0.05, 0.9):
+        changes = random_changes(rng, 400, 2, share, 1 << 16)
+        frame = codec.encode(0, changes, 400)
+        count = changes.count
+        for room in (0, 1, count - 1):
+            assert take([frame], 400, capacity=room) == (NO_ROOM, [])
+            finding, decoded = take([frame, frame], 400, capacity=count + room)
+            assert (finding, len(decoded)) == (NO_ROOM, 1)
+        assert take([frame], 400, capacity=count)[0] == GOOD
+        with pytest.raises(CorruptionError, match="more changes than are committed"):
+            codec.decode(frame, 400, Changes(count - 1, 2))
+
+
+def test_counts_that_lie_are_found_out():
+    rng = np.random.default_rng(7)
+    for name, (row, elements, itemsize, changes) in frames_to_damage().items():
+        frame = FrameCodec(elements, itemsize).encode(row, changes, elements)
+        count = struct.unpack_from("<I", frame, 4)[0]
+        for lie in {0, 1, count - 1, count + 1, elements + 1, 2**31, 2**32 - 1} - {count}:
+            lying = resealed(frame[:4] + struct.pack("<I", lie) + frame[8:])
+            assert take([lying], elements, itemsize)[0] != GOOD, (name, lie)
+        for field in (8, 12, 16):
+            true = struct.unpack_from("<I", frame, field)[0]
+            for lie in {0, true - 1, true + 1, 2**31, 2**32 - 1, int(rng.integers(2**32))} - {
+                true,
+                -1,
+            }:
+                lying = resealed(frame[:field] + struct.pack("<I", lie) + frame[field + 4 :])
+                assert take([lying], elements, itemsize)[0] != GOOD, (name, field, lie)
+
+
+def test_sizes_that_lie_are_found_out():
+    changes = changes_of([5, 70], [3, 400], 100, 2)
+    frame = FrameCodec(100, 2).encode(1, changes, 100)
+    for size in (0, 1, 23, 24, len(frame) - 1, len(frame) + 1, 10 * len(frame)):
+        finding, decoded = take([frame, frame], sizes=[size, 2 * len(frame) - size])
+        assert finding in {BAD_HEADER, BAD_CHECKSUM}
+        assert not decoded
+
+
+@pytest.mark.parametrize("name", frames_to_damage())
+def test_every_cut_with_a_sound_checksum_is_noticed(name):
+    row, elements, itemsize, changes = frames_to_damage()[name]
+    frame = FrameCodec(elements, itemsize).encode(row, changes, elements)
+    for length in range(len(frame)):
+        cut = frame[:length] if length < 24 else resealed(frame[:length])
+        assert take([cut], elements, itemsize)[0] != GOOD
+    assert take([resealed(frame + b"\0")], elements, itemsize)[0] != GOOD
+    assert take([resealed(frame + frame)], elements, itemsize)[0] != GOOD
+
+
+@pytest.mark.parametrize("name", frames_to_damage())
+def test_damage_under_a_sound_checksum_is_read_as_the_text_says(name):
+    row, elements, itemsize, changes = frames_to_damage()[name]
+    frame = FrameCodec(elements, itemsize).encode(row, changes, elements)
+    assert agrees_with_the_text(frame, elements, itemsize)
+    rng = np.random.default_rng(8)
+    taken = 0
+    for _ in range(600):
+        damaged = bytearray(frame)
+        # Half of the time where the fields are.
+        reach = len(frame) if rng.random() < 0.5 else min(len(frame), 40)
+        for place in rng.integers(0, reach, int(rng.integers(1, 4))):
+            damaged[place] = rng.choice([0, 1, 127, 128, 255, int(rng.integers(256))])
+        taken += agrees_with_the_text(resealed(bytes(damaged)), elements, itemsize)
+    assert 0 < taken < 600  # some damage makes another sound frame
+
+
+fields = st.one_of(st.integers(0, 60), st.sampled_from([2**31, 2**32 - 1]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    elements=st.integers(1, 40),
+    itemsize=st.sampled_from([1, 2, 4]),
+    head=st.tuples(
+        st.integers(0, 17), st.integers(0, 3), st.integers(0, 17), st.integers(0, 5), fields
+    ),
+    main=st.binary(max_size=60),
+    low=st.binary(max_size=20),
+    extra=st.binary(max_size=40),
+    lengths=st.one_of(st.none(), st.tuples(fields, fields, fields)),
+    compressed=st.booleans(),
+)
+def test_frames_of_any_content_are_read_as_the_text_says(
+    elements, itemsize, head, main, low, extra, lengths, compressed
+):
+    if compressed:
+        main, extra = (bytes(zstd.compress(stream, 1)) for stream in (main, extra))
+    row, kind, rice_bits, flags, count = head
+    main_bytes, extra_bytes, extra_raw_bytes = lengths or (None, None, None)
+    frame = sealed(
+        *(main, low, extra),
+        row=row,
+        kind=kind,
+        rice_bits=rice_bits,
+        flags=flags,
+        count=count,
+        main_bytes=main_bytes,
+        extra_bytes=extra_bytes,
+        extra_raw_bytes=extra_raw_bytes,
+    )
+    agrees_with_the_text(frame, elements, itemsize)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    symbols=st.lists(st.sampled_from([0x00, 0x01, 0x0F, 0xF0, 0xFF, 0x35]), min_size=1, max_size=8),
+    rice_bits=st.integers(0, 15),
+    low=st.binary(min_size=15, max_size=15),
+    extra=st.lists(st.sampled_from([0, 1, 9, 127, 128, 129, 255]), max_size=24),
+    elements=st.sampled_from([8, 30, 300, 100_000]),
+    itemsize=st.sampled_from([1, 2, 4]),
+)
+@example([0xFF] * 8, 15, b"\xff" * 15, [255, 255, 255, 255, 127] * 16, 100_000, 4)
+def test_varints_and_low_bits_of_any_content_are_read_as_the_text_says(
+    symbols, rice_bits, low, extra, elements, itemsize
+):
+    low_bytes = (len(symbols) * rice_bits + 7) // 8
+    frame = sealed(
+        *(bytes(symbols), low[:low_bytes], bytes(extra)), rice_bits=rice_bits, count=len(symbols)
+    )
+    agrees_with_the_text(frame, elements, itemsize)
+
+
+def test_the_longest_streams_there_can_be_fit_the_scratch():
+    # Every element with 15 low bits and two varints of five bytes: 13 bytes each, one element to 9.
+    for count in range(1, 10):
+        extra = bytes([128, 128, 128, 128, 0] * 2 * count)
+        frame = sealed(
+            *(bytes([0xFF] * count), bytes(-(-15 * count // 8)), extra),
+            rice_bits=15,
+            count=count,
+        )
+        assert take([frame], count)[0] == BAD_CHANGES  # the first position is 15 << 15
+        small = sealed(bytes([0x0F] * count), extra=extra[: 5 * count], count=count)
+        assert take([small], count) == (GOOD, [(0, list(range(count)), [16] * count)])
 
 
 def test_decoding_takes_memory_by_the_block_not_by_the_frame():

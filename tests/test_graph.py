@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_info
 from relex_stream.graph import (
     FAN_IN,
     MAX_TASKS,
+    TASK_BYTES,
     Group,
     build_graph,
     grouped,
@@ -168,8 +169,26 @@ def test_building_a_graph_computes_nothing():
 
     graph, outputs, sizes = build_graph(groups_of([20, 0, 3]), refuse, refuse, refuse)
     assert Counter(key[0] for key in graph) == {"block": 23, "sum-1": 4, "sum-2": 1, "finish": 2}
-    assert list(outputs) == ["tensor 0", "tensor 2"]
+    assert list(outputs.values()) == [("tensor 0",), ("tensor 2",)]
     assert sum(sizes.values()) == 20 * 21 // 2 + 3 * 4 // 2
+
+
+def test_small_groups_share_a_task():
+    many = [Group(f"small {i}", (i,), (TASK_BYTES // 4,)) for i in range(9)]
+    large = [Group("large", (100,), (TASK_BYTES,)), Group("two", (101, 102), (1, 1))]
+    groups = [*many[:3], *large, *many[3:]]
+    parts = (lambda task: task, sum, lambda key, total: (key, total))
+    _, outputs, sizes = build_graph(groups, *parts)
+    # Three before the large one, then four as worth a task, then the rest.
+    assert [len(keys) for keys in outputs.values()] == [3, 1, 1, 4, 2]
+    assert sum(sizes.values()) == sum(sum(group.task_bytes) for group in groups)
+    progress = Recorder()
+    found = run_groups(groups, *parts, workers=2, stage="test", progress=progress)
+    assert found == run_in_order(groups, *parts)
+    assert list(found) == [group.key for group in groups]
+    assert sum(event[1] for event in progress.events if event[0] == "advance") == sum(
+        sizes.values()
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -290,15 +309,28 @@ def test_progress_hears_of_all_bytes_from_the_calling_thread(workers):
         (2 * MAX_TASKS + 1, 342, 3),
     ],
 )
-def test_large_groups_are_bundled_into_runs_of_neighbours(members, tasks, run_length):
-    (group,) = grouped([("key", range(members), lambda member: member + 1)])
+def test_groups_of_very_many_items_are_cut_into_runs_of_neighbours(members, tasks, run_length):
+    (group,) = grouped([("key", range(members), lambda member: TASK_BYTES + member)])
     assert group.key == "key"
     assert len(group.tasks) == len(group.task_bytes) == tasks <= MAX_TASKS
     assert [member for task in group.tasks for member in task] == list(range(members))
     assert all(len(task) == run_length for task in group.tasks[:-1])
-    assert group.task_bytes == tuple(sum(m + 1 for m in task) for task in group.tasks)
+    assert group.task_bytes == tuple(sum(TASK_BYTES + m for m in task) for task in group.tasks)
+
+
+@given(sizes=st.lists(st.integers(0, 3 * TASK_BYTES), max_size=40))
+def test_a_task_is_worth_its_overhead_and_little_more(sizes):
+    (group,) = grouped([("key", range(len(sizes)), lambda member: sizes[member])])
+    assert [member for task in group.tasks for member in task] == list(range(len(sizes)))
+    for task, size in zip(group.tasks, group.task_bytes, strict=True):
+        assert size == sum(sizes[member] for member in task)
+        assert size - sizes[task[-1]] < TASK_BYTES  # it ended when it was large enough
+        assert task is group.tasks[-1] or size >= TASK_BYTES
 
 
 def test_groups_keep_their_order_and_their_own_sizes():
-    groups = grouped([("b", [1, 2], lambda m: m), ("a", [3], lambda m: 10 * m)])
-    assert groups == [Group("b", ((1,), (2,)), (1, 2)), Group("a", ((3,),), (30,))]
+    groups = grouped([("b", [1, 2], lambda m: m * TASK_BYTES), ("a", [3], lambda m: 10 * m)])
+    assert groups == [
+        Group("b", ((1,), (2,)), (TASK_BYTES, 2 * TASK_BYTES)),
+        Group("a", ((3,),), (30,)),
+    ]

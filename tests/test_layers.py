@@ -32,12 +32,12 @@ class Room:
 FLOOR = {"errors", "specs", "summaries"}
 """Every room may import these; they import nothing but each other."""
 
-KERNELS = {"numpy", "numba", "llvmlite"}
+KERNELS = {"numpy", "numba"}
 CHECKSUM = {"google_crc32c"}
 
 BELOW_STAGES = {
     *("paths", "ulp", "codec", "sketch", "fit", "planner", "sources", "writer", "store"),
-    *("machine", "graph", "blocks", "_version"),
+    *("machine", "graph", "blocks", "pages", "sweep", "_version"),
 }
 """What the rooms that put everything together may use."""
 
@@ -49,11 +49,24 @@ ROOMS = {
     "summaries": Room(pure=True),
     # Arithmetic: no file, no store, no scheduler.
     "kernels": Room(set(), {"numba"}, pure=True),
-    "ulp": Room({"kernels"}, KERNELS, pure=True),
-    "codec": Room({"kernels", "ulp"}, {"numpy"} | CHECKSUM | {"numcodecs"}, pure=True),
+    "intrinsics": Room(set(), {"numba", "llvmlite"}, pure=True),
+    "checksum": Room({"kernels", "intrinsics"}, KERNELS | {"llvmlite"} | CHECKSUM, pure=True),
+    "zstd": Room(set(), KERNELS | {"llvmlite", "numcodecs"}, pure=True),
+    "ulp": Room({"kernels", "intrinsics"}, KERNELS, pure=True),
+    "codec": Room(
+        {"kernels", "intrinsics", "checksum", "zstd", "ulp"}, KERNELS | CHECKSUM, pure=True
+    ),
     "sketch": Room({"kernels"}, {"numpy"}, pure=True),
+    # Reads at the descriptors it is given; which files they are, and opening them, is not its.
+    "scan": Room(
+        {"kernels", "intrinsics", "pages", "checksum", "ulp", "codec", "sketch"},
+        KERNELS,
+        pure=True,
+    ),
+    "sweep": Room({"kernels", "ulp", "sketch"}, {"numpy"}, pure=True),
     "fit": Room(set(), {"numpy"}, pure=True),
     "planner": Room(pure=True),
+    "pages": Room(pure=True),
     "paths": Room(),
     # Files: no mathematics, and these three do not know each other.
     "sources": Room({"paths"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
@@ -67,10 +80,13 @@ ROOMS = {
     # The only room that knows dask.
     "graph": Room({"planner"}, {"dask", "distributed", "numpy", "threadpoolctl"}),
     # What several stages share: a block across its steps, a file put together from blocks.
-    "blocks": Room({"ulp", "codec", "sketch", "planner", "sources", "store"}, {"numpy"} | CHECKSUM),
-    "warmup": Room({"ulp", "codec", "sketch", "store"}, {"numpy"}),
+    "blocks": Room(
+        {"pages", "ulp", "codec", "sketch", "sweep", "planner", "sources", "store"},
+        {"numpy"} | CHECKSUM,
+    ),
+    "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),
-    "ingest": Room(BELOW_STAGES | {"matching"}, {"numpy"} | CHECKSUM),
+    "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES, {"numpy"}),
     "request": Room({"fit", "store", "subspaces"}),
@@ -186,6 +202,12 @@ def test_the_store_the_sources_and_the_writer_do_not_know_each_other() -> None:
 def test_one_room_knows_dask_and_one_prints() -> None:
     assert [name for name, room in ROOMS.items() if "dask" in room.packages] == ["graph"]
     assert [name for name, room in ROOMS.items() if "click" in room.packages] == ["cli"]
+
+
+def test_few_rooms_go_below_python() -> None:
+    # No exception guards what they reach there.
+    below = {name for name, room in ROOMS.items() if "llvmlite" in room.packages}
+    assert below == {"intrinsics", "checksum", "zstd"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "cli"])

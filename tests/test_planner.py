@@ -98,7 +98,7 @@ def test_a_worker_that_sweeps_is_part_of_every_stage_that_does():
     sweep = planner.sweep_worker_bytes(PRIMES, 11)
     assert planner.power_worker_bytes(PRIMES, 11, 9) == sweep + 4 * 9 * PRIMES.largest_block
     assert planner.write_worker_bytes(PRIMES, 11, 3) == (
-        sweep + 8 * 3 * PRIMES.largest_block + PRIMES.largest_block_bytes
+        sweep + 8 * 3 * PRIMES.largest_block + 3 * PRIMES.largest_block_bytes
     )
     assert planner.gram_worker_bytes(PRIMES, 11, 50) > sweep + 3 * 8 * 50 * 50
 
@@ -120,6 +120,8 @@ def test_the_columns_of_a_gram_matrix_stay_in_their_room(rows):
         assert 8 * max(1, rows) * (columns + 1) > planner.GRAM_COLUMNS_BYTES
 
 
+STATISTICS = 96 << 20
+
 # --- commits -----------------------------------------------------------------------------------
 
 
@@ -133,12 +135,12 @@ def test_the_columns_of_a_gram_matrix_stay_in_their_room(rows):
 )
 def test_a_commit_takes_whole_groups(tensors, blocks, checkpoint_bytes, rows, left):
     shape = replace(PRIMES, tensors=tensors, sketched=tensors, blocks=blocks)
-    taken = commit_batch(shape, checkpoint_bytes, rows, left)
+    taken = commit_batch(shape, checkpoint_bytes, rows, left, STATISTICS)
     assert 1 <= taken <= left
     statistics = 2 * tensors * (2 * PRIMES.sketch_width + 4) + 24 * blocks
     if taken > 1:
-        assert taken * statistics <= planner.COMMIT_STATISTICS_BYTES
-    if (taken + 1) * (statistics + 1) <= planner.COMMIT_STATISTICS_BYTES and taken < left:
+        assert taken * statistics <= STATISTICS
+    if (taken + 1) * (statistics + 1) <= STATISTICS and taken < left:
         # Neither the statistics nor the steps cut it short: it ends with a group ...
         assert (rows + taken) % STEP_GROUP == 0
         # ... and has as many as the target holds, but the one begun or the first in any case.
@@ -150,22 +152,29 @@ def test_a_commit_takes_whole_groups(tensors, blocks, checkpoint_bytes, rows, le
 def test_the_first_commit_fills_the_group_begun():
     shape = replace(PRIMES, tensors=1, sketched=1, blocks=1)
     huge = 1 << 40
-    assert commit_batch(shape, huge, rows=0, left=100) == 16
-    assert commit_batch(shape, huge, rows=5, left=100) == 11
-    assert commit_batch(shape, huge, rows=15, left=100) == 1
-    assert commit_batch(shape, huge, rows=5, left=4) == 4
+    assert commit_batch(shape, huge, rows=0, left=100, most_statistics=STATISTICS) == 16
+    assert commit_batch(shape, huge, rows=5, left=100, most_statistics=STATISTICS) == 11
+    assert commit_batch(shape, huge, rows=15, left=100, most_statistics=STATISTICS) == 1
+    assert commit_batch(shape, huge, rows=5, left=4, most_statistics=STATISTICS) == 4
     # 8 GiB: two groups in the target.
-    assert commit_batch(shape, 8 << 30, rows=0, left=100) == 32
-    assert commit_batch(shape, 8 << 30, rows=3, left=100) == 29
+    assert commit_batch(shape, 8 << 30, rows=0, left=100, most_statistics=STATISTICS) == 32
+    assert commit_batch(shape, 8 << 30, rows=3, left=100, most_statistics=STATISTICS) == 29
 
 
 def test_commits_of_very_many_tensors_take_fewer_steps():
     shape = replace(PRIMES, tensors=30_000, sketched=30_000, blocks=60_000)
     statistics = 2 * 30_000 * (2 * 257 + 4) + 24 * 60_000
-    expected = planner.COMMIT_STATISTICS_BYTES // statistics
+    expected = STATISTICS // statistics
     assert 1 < expected < 16
-    assert commit_batch(shape, 1, rows=0, left=100) == expected
-    assert commit_batch(replace(shape, sketched=10**9), 1, rows=0, left=100) == 1
+    assert commit_batch(shape, 1, rows=0, left=100, most_statistics=STATISTICS) == expected
+    # More memory, more steps.
+    assert commit_batch(shape, 1, rows=0, left=100, most_statistics=2 * STATISTICS) >= 2 * expected
+    assert (
+        commit_batch(
+            replace(shape, sketched=10**9), 1, rows=0, left=100, most_statistics=STATISTICS
+        )
+        == 1
+    )
 
 
 # --- the plan ----------------------------------------------------------------------------------

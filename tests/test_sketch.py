@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from relex_stream.sketch import (
     ChangeRows,
     add_gram,
     add_products,
+    add_to_sketch,
     add_weighted_rows,
     cumulate,
     cumulate_transposed,
@@ -20,7 +22,6 @@ from relex_stream.sketch import (
     products_of_changes,
     scatter_columns,
     sketch_basis,
-    sketch_changes,
     sketch_key,
     subspace_of_gram,
     subspace_of_products,
@@ -36,14 +37,13 @@ def sparse_matrix(rng, rows, elements, share):
 
 def rows_of(dense, rows=None):
     """Compress some rows of a dense D, as a sweep of a block does."""
-    rows = np.arange(len(dense)) if rows is None else np.array(rows)
+    rows = range(len(dense)) if rows is None else rows
     positions = [np.flatnonzero(dense[row]) for row in rows]
-    starts = np.concatenate([[0], np.cumsum([p.size for p in positions], dtype=np.int64)])
-    return ChangeRows(
-        rows=rows.astype(np.int64),
-        starts=starts.astype(np.int64),
-        positions=np.concatenate([*positions, []]).astype(np.uint32),
-        values=np.concatenate([*(dense[r, p] for r, p in zip(rows, positions, strict=True)), []]),
+    return ChangeRows.of(
+        list(rows),
+        [p.size for p in positions],
+        np.concatenate([*positions, []]).astype(np.uint32),
+        np.concatenate([*(dense[r, p] for r, p in zip(rows, positions, strict=True)), []]),
     )
 
 
@@ -77,13 +77,13 @@ def test_products_with_d_against_dense(matrix, columns, dtype):
     coefficients = rng.standard_normal((rows, columns))
     start = rng.standard_normal((elements, columns)).astype(dtype)
     out = start.copy()
-    add_weighted_rows(changes, coefficients, out)
+    add_weighted_rows(changes, 0, coefficients, out)
     np.testing.assert_allclose(out, start + dense.T @ coefficients, rtol=0, atol=tolerance)
 
     projected = rng.standard_normal((elements, columns)).astype(dtype)
     start = rng.standard_normal((rows, columns))
     out = start.copy()
-    add_products(changes, projected, out)
+    add_products(changes, 0, projected, out)
     # Products and sums are float64 whatever the projection is.
     np.testing.assert_allclose(out, start + dense @ projected.astype("f8"), rtol=0, atol=1e-11)
 
@@ -95,25 +95,112 @@ def test_products_take_rows_a_group_at_a_time():
     weighted, products = np.zeros((300, 3)), np.zeros((40, 3))
     for first in (0, 16, 32):
         group = rows_of(dense, range(first, min(40, first + 16)))
-        add_weighted_rows(group, coefficients, weighted)
-        add_products(group, projected, products)
+        add_weighted_rows(group, 0, coefficients, weighted)
+        add_products(group, 0, projected, products)
     np.testing.assert_allclose(weighted, dense.T @ coefficients, atol=1e-12)
     np.testing.assert_allclose(products, dense @ projected, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(matrix=matrices, range_columns=st.sampled_from([1, 7, 16, 1000]))
-def test_gram_against_dense(matrix, range_columns):
+@given(matrix=matrices, first=st.integers(0, 60), width=st.integers(1, 60))
+def test_products_of_a_tile_use_its_columns_only(matrix, first, width):
+    rows, elements, share, seed = matrix
+    rng = np.random.default_rng(seed)
+    dense = sparse_matrix(rng, rows, elements, share)
+    tile = rows_of(dense).split(first)[0].split(first + width)[1]
+    columns = dense[:, first : first + width]
+    coefficients = rng.standard_normal((rows, 2))
+    out = np.zeros((width, 2))
+    add_weighted_rows(tile, first, coefficients, out)
+    expected = np.zeros_like(out)
+    expected[: columns.shape[1]] = columns.T @ coefficients
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+
+    projected = rng.standard_normal((width, 2))
+    out = np.zeros((rows, 2))
+    add_products(tile, first, projected, out)
+    np.testing.assert_allclose(out, columns @ projected[: columns.shape[1]], rtol=0, atol=1e-12)
+
+    gram = np.zeros((rows, rows))
+    add_gram(tile, first, width, gram)
+    np.testing.assert_allclose(np.tril(gram), np.tril(columns @ columns.T), rtol=0, atol=1e-11)
+
+    window = np.zeros((rows, width))
+    scatter_columns(tile, first, window)
+    assert np.array_equal(window[:, : columns.shape[1]], columns)
+    assert not window[:, columns.shape[1] :].any()
+
+
+# --- rows cut by columns -----------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrix=matrices, cuts=st.lists(st.integers(0, 61), max_size=4))
+def test_rows_cut_at_columns_have_every_entry_once(matrix, cuts):
+    rows, elements, share, seed = matrix
+    dense = sparse_matrix(np.random.default_rng(seed), rows, elements, share)
+    whole = rest = rows_of(dense)
+    assert whole.entries == np.count_nonzero(dense)
+    edges = [0, *sorted(cuts), elements + 2]
+    left_of_all, _ = whole.split(0)
+    assert left_of_all.entries == whole.entries
+    for first, stop in pairwise(edges):
+        rest, here = rest.split(stop)
+        assert here.rows is whole.rows
+        assert here.entries == np.count_nonzero(dense[:, first:stop])
+        for row, start, end in zip(here.rows, here.starts, here.ends, strict=True):
+            expected = first + np.flatnonzero(dense[row, first:stop])
+            assert here.positions[start:end].tolist() == expected.tolist()
+            assert here.values[start:end].tolist() == dense[row, expected].tolist()
+    assert rest.entries == 0
+
+
+def test_rows_lie_where_their_counts_say():
+    changes = ChangeRows.of([2, 5, 9], [2, 0, 3], np.arange(7, dtype=np.uint32), np.arange(7.0))
+    assert changes.rows.tolist() == [2, 5, 9]
+    assert changes.starts.tolist() == [0, 2, 2]
+    assert changes.ends.tolist() == [2, 2, 5]  # room behind the last is no entry
+    assert changes.entries == 5
+
+
+def test_no_rows_at_all():
+    nothing = ChangeRows.of([], [], np.zeros(4, np.uint32), np.zeros(4))
+    assert nothing.entries == 0
+    for part in (nothing, *nothing.split(2)):
+        gram, dense = np.zeros((3, 3)), np.zeros((3, 4))
+        weighted, products = np.zeros((4, 2)), np.zeros((3, 2))
+        add_gram(part, 0, 4, gram)
+        add_weighted_rows(part, 0, np.ones((3, 2)), weighted)
+        add_products(part, 0, np.ones((4, 2)), products)
+        scatter_columns(part, 0, dense)
+        for result in (gram, weighted, products, dense):
+            assert not result.any()
+
+
+# --- the Gram matrix ---------------------------------------------------------------------------
+
+
+def gram_by_tiles(changes, elements, columns, gram):
+    """Sum the Gram matrix as a sweep does, some columns at a time."""
+    rest = changes
+    for first, stop in cut(elements, columns):
+        rest, here = rest.split(stop)
+        add_gram(here, first, stop - first, gram)
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrix=matrices, columns=st.sampled_from([1, 7, 16, 1000]))
+def test_gram_against_dense(matrix, columns):
     rows, elements, share, seed = matrix
     rng = np.random.default_rng(seed)
     dense = sparse_matrix(rng, rows, elements, share)
     start = rng.standard_normal((rows, rows))
     gram = start.copy()
-    add_gram(rows_of(dense), elements, gram, columns=range_columns)
+    gram_by_tiles(rows_of(dense), elements, columns, gram)
     np.testing.assert_allclose(np.tril(gram - start), np.tril(dense @ dense.T), rtol=0, atol=1e-11)
 
 
-def test_gram_of_a_block_with_sparse_dense_and_empty_ranges(monkeypatch):
+def test_gram_of_a_block_with_sparse_dense_and_empty_tiles(monkeypatch):
     rng = np.random.default_rng(1)
     elements = 6 * 64 + 5
     dense = sparse_matrix(rng, 10, elements, 0.03)
@@ -127,18 +214,17 @@ def test_gram_of_a_block_with_sparse_dense_and_empty_ranges(monkeypatch):
     monkeypatch.setattr(sketch, "_pairs_kernel", lambda *a: (pairs.append(1), kernel(*a)))
     monkeypatch.setattr(sketch, "scatter_columns", lambda *a: (products.append(1), scatter(*a)))
     gram = np.zeros((10, 10))
-    add_gram(rows_of(dense), elements, gram, columns=64)
+    gram_by_tiles(rows_of(dense), elements, 64, gram)
     assert (len(pairs), len(products)) == (4, 2)
     np.testing.assert_allclose(np.tril(gram), np.tril(dense @ dense.T), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("share", [0.01, 1.0])
-def test_gram_of_more_columns_than_are_handled_at_a_time(share):
+def test_gram_of_very_many_columns(share):
     rng = np.random.default_rng(2)
-    elements = 2 * sketch.GRAM_COLUMNS + 17
-    dense = sparse_matrix(rng, 5, elements, share)
+    dense = sparse_matrix(rng, 5, 70_001, share)
     gram = np.zeros((5, 5))
-    add_gram(rows_of(dense), elements, gram)
+    add_gram(rows_of(dense), 0, 70_001, gram)
     np.testing.assert_allclose(np.tril(gram), np.tril(dense @ dense.T), rtol=1e-11, atol=1e-9)
 
 
@@ -148,22 +234,15 @@ def test_gram_adds_up_over_blocks_of_rows_that_skip_some():
     dense[[0, 4, 8]] = 0
     gram = np.zeros((9, 9))
     for first, stop in cut(500, 130):
-        add_gram(rows_of(dense[:, first:stop], [1, 2, 3, 5, 6, 7]), stop - first, gram)
+        add_gram(rows_of(dense[:, first:stop], [1, 2, 3, 5, 6, 7]), 0, stop - first, gram)
     np.testing.assert_allclose(np.tril(gram), np.tril(dense @ dense.T), rtol=0, atol=1e-11)
 
 
 def test_gram_of_nothing():
     gram = np.zeros((3, 3))
-    add_gram(rows_of(np.zeros((3, 50))), 50, gram)
-    add_gram(rows_of(np.zeros((3, 50)), []), 50, gram)
+    add_gram(rows_of(np.zeros((3, 50))), 0, 50, gram)
+    add_gram(rows_of(np.zeros((3, 50)), []), 0, 50, gram)
     assert not gram.any()
-
-
-def test_scatter_columns_writes_the_columns_asked_for():
-    dense = sparse_matrix(np.random.default_rng(4), 6, 40, 0.5)
-    window = np.zeros((6, 13))
-    scatter_columns(rows_of(dense), 9, window)
-    assert np.array_equal(window, dense[:, 9:22])
 
 
 # --- the sketch --------------------------------------------------------------------------------
@@ -172,7 +251,7 @@ def test_scatter_columns_writes_the_columns_asked_for():
 def omega(key, elements, width=sketch.SKETCH_WIDTH):
     """Write the test matrix down, by splitmix64 in Python's integers."""
     matrix = np.zeros((elements, width))
-    low64 = (1 << 64) - 1
+    key, low64 = int(key), (1 << 64) - 1
     for element in range(elements):
         x = (key + element * 0x9E3779B97F4A7C15) & low64
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & low64
@@ -190,7 +269,7 @@ def sketched(dense, key, size):
             positions = np.flatnonzero(row).astype(np.uint32)
             values = np.append(row[positions], np.nan)  # what lies behind `count` is not read
             where = np.append(positions, np.uint32(0)).astype(np.uint32)
-            sketch_changes(where, values, positions.size, first, key, rows[t])
+            add_to_sketch(where, values, positions.size, first, key, rows[t])
     return rows
 
 
@@ -204,11 +283,11 @@ def test_sketch_is_the_product_with_omega_for_any_cut(block):
 
 
 def test_sketch_of_an_element_far_into_a_tensor():
-    key, far = 2**64 - 1, 7 << 33
+    key, far = np.uint64(2**64 - 1), 7 << 33
     row = np.zeros(16)
-    sketch_changes(np.array([2**32 - 1], np.uint32), np.array([3.0]), 1, far, key, row)
+    add_to_sketch(np.array([2**32 - 1], np.uint32), np.array([3.0]), 1, far, key, row)
     low64 = (1 << 64) - 1
-    expected = omega((key + (far + 2**32 - 1) * 0x9E3779B97F4A7C15) & low64, 1, 16)[0] * 3
+    expected = omega((int(key) + (far + 2**32 - 1) * 0x9E3779B97F4A7C15) & low64, 1, 16)[0] * 3
     assert np.array_equal(row, expected)
 
 
@@ -223,6 +302,7 @@ def test_omega_is_spread_evenly():
 def test_sketch_keys_are_frozen():
     # A store keeps sketches; another key would make them noise.
     digest = hashlib.sha256(b"7\0lm_head.weight").digest()
+    assert isinstance(sketch_key(7, "a"), np.uint64)  # a kernel takes a Python int for an int64
     assert sketch_key(7, "lm_head.weight") == int.from_bytes(digest[:8], "little")
     assert sketch_key(0, "a") == 8348787342930090591
     assert len({sketch_key(seed, name) for seed in range(3) for name in ("a", "b", "0")}) == 9
@@ -282,7 +362,7 @@ def projector(vectors):
 
 def exact_subspace(changes, rank):
     gram = np.zeros((len(changes), len(changes)))
-    add_gram(rows_of(changes), changes.shape[1], gram)
+    add_gram(rows_of(changes), 0, changes.shape[1], gram)
     gram[np.triu_indices_from(gram, 1)] = np.nan  # not read
     return subspace_of_gram(gram, rank)
 
@@ -315,8 +395,8 @@ def randomized_subspace(changes, rank, passes, block=100):
         for first, stop in cut(elements, block):
             part = rows_of(changes[:, first:stop])
             projected = np.zeros((stop - first, basis.shape[1]), np.float32)
-            add_weighted_rows(part, coefficients, projected)
-            add_products(part, projected, products)
+            add_weighted_rows(part, 0, coefficients, projected)
+            add_products(part, 0, projected, products)
         products = products_of_changes(products)
     return subspace_of_products(basis, products, rank)
 
@@ -388,7 +468,7 @@ def test_the_exact_route_leaves_out_directions_that_are_noise():
 def test_the_leading_part_of_a_gram_matrix_is_that_of_a_window():
     changes, _ = with_spectrum(np.random.default_rng(14), 10, 200, 0.5 ** np.arange(10))
     gram = np.zeros((10, 10))
-    add_gram(rows_of(changes), 200, gram)
+    add_gram(rows_of(changes), 0, 200, gram)
     window = subspace_of_gram(gram[:6, :6], 1)
     left = np.linalg.svd(np.cumsum(changes[:6], axis=0), full_matrices=False)[0]
     assert np.abs(projector(window.vectors) - projector(left[:, :1])).max() < 1e-10

@@ -9,15 +9,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relex_stream.codec import Changes
+from relex_stream.intrinsics import DIFFERENCE_LANES
 from relex_stream.ulp import (
     FORMATS,
     add_rounded,
     advance,
-    advance_with_values,
+    advance_rows,
     can_widen,
-    change_values,
+    find_changes,
+    finite_one,
+    number_one,
     numbers,
     ordered,
+    ordered_one,
+    retreat,
+    take_changes,
     widen,
 )
 
@@ -83,6 +89,18 @@ def test_ordered_of_32_bits_keeps_order_and_undoes_itself():
     assert np.all(np.diff(values[kept][by_pattern]) >= 0)
 
 
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
+def test_one_pattern_is_taken_as_arrays_are(code):
+    fmt = FORMATS[code]
+    bits = ALL_16 if fmt.itemsize == 2 else some_float32(np.random.default_rng(10), 20_000)
+    exact = as_float64(bits, fmt)
+    top = WIDTH[code] - 1
+    assert [ordered_one(pattern, top) for pattern in bits] == ordered(bits).tolist()
+    assert [finite_one(p, fmt.number) for p in bits] == np.isfinite(exact).tolist()
+    expected = np.where(np.isfinite(exact), exact, 0.0)
+    assert np.array_equal([number_one(pattern, fmt.number) for pattern in bits], expected)
+
+
 # --- differences between two steps -------------------------------------------------------------
 
 
@@ -102,6 +120,8 @@ def check_differences(before, after):
     state = before.copy()
     advance(state, changes.positions, changes.zigzags, count)
     assert np.array_equal(state, after)
+    retreat(state, changes.positions, changes.zigzags, count)
+    assert np.array_equal(state, before)
     return changes
 
 
@@ -111,37 +131,68 @@ def test_differences_of_all_16_bit_patterns_come_back():
         check_differences(ALL_16, after)
 
 
-@pytest.mark.parametrize("code", ["BF16", "F16"])
-def test_advance_with_values_measures_all_16_bit_patterns(code):
-    fmt = FORMATS[code]
-    after = np.random.default_rng(2).permutation(ALL_16)
-    changes = Changes(ALL_16.size, 2)
-    count = changes.find(ALL_16, after)
-    state, values = ALL_16.copy(), np.full(count, np.nan)
-    advance_with_values(state, changes.positions, changes.zigzags, count, fmt.number, values)
+def check_values(before, after, fmt):
+    """Apply all changes as one row, and compare what each added with the difference of numbers."""
+    changes = check_differences(before, after)
+    count = changes.count
+    state, values = before.copy(), np.full(before.size + 1, np.nan)
+    starts, ends = np.zeros(1, np.int64), np.array([count])
+    advance_rows(state, starts, ends, changes.positions, changes.zigzags, fmt.number, values)
     assert np.array_equal(state, after)
     at = changes.positions[:count]
-    assert np.array_equal(values, numbers(after, fmt)[at] - numbers(ALL_16, fmt)[at])
+    assert np.array_equal(values[:count], numbers(after, fmt)[at] - numbers(before, fmt)[at])
+    assert np.isnan(values[count:]).all()
 
 
-def test_advance_with_values_of_float32():
+@pytest.mark.parametrize("code", ["BF16", "F16"])
+def test_advance_rows_measures_all_16_bit_patterns(code):
+    check_values(ALL_16, np.random.default_rng(2).permutation(ALL_16), FORMATS[code])
+
+
+def test_advance_rows_measures_float32():
     rng = np.random.default_rng(3)
-    before, after = some_float32(rng, 20_001), some_float32(rng, 20_001)
-    changes = check_differences(before, after)
-    state, values = before.copy(), np.full(before.size, np.nan)
-    advance_with_values(
-        state, changes.positions, changes.zigzags, changes.count, F32.number, values
-    )
-    assert np.array_equal(state, after)
-    at = changes.positions[: changes.count]
-    expected = numbers(after, F32)[at] - numbers(before, F32)[at]
-    assert np.array_equal(values[: changes.count], expected)
+    check_values(some_float32(rng, 20_001), some_float32(rng, 20_001), F32)
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
+def test_advance_rows_takes_one_row_after_the_other_and_only_what_they_name(code):
+    fmt = FORMATS[code]
+    rng = np.random.default_rng(11)
+    size, steps = 300, 7
+    bits = [random_bits(rng, size, fmt.itemsize)]
+    for _ in range(steps):
+        now = np.where(rng.random(size) < 0.4, random_bits(rng, size, fmt.itemsize), bits[-1])
+        bits.append(now)
+    bits[4] = bits[3]  # a row without changes
+    # Rows lie apart; between them is what no row names: positions outside the block.
+    positions = np.full((size + 5) * steps, 0xFFFFFFFF, np.uint32)
+    zigzags = np.full(positions.size, 7, fmt.bits_dtype)
+    starts, ends = np.zeros(steps, np.int64), np.zeros(steps, np.int64)
+    changes = Changes(size, fmt.itemsize)
+    for row in range(steps):
+        count = changes.find(bits[row], bits[row + 1])
+        starts[row] = row * (size + 5) + row % 3
+        ends[row] = starts[row] + count
+        positions[starts[row] : ends[row]] = changes.positions[:count]
+        zigzags[starts[row] : ends[row]] = changes.zigzags[:count]
+    state, values = bits[0].copy(), np.full(positions.size, np.nan)
+    advance_rows(state, starts, ends, positions, zigzags, fmt.number, values)
+    assert np.array_equal(state, bits[-1])
+    expected = np.full(positions.size, np.nan)
+    for row in range(steps):
+        here = slice(starts[row], ends[row])
+        before, after = (numbers(b, fmt) for b in bits[row : row + 2])
+        expected[here] = (after - before)[positions[here]]
+    assert np.array_equal(values, expected, equal_nan=True)
+
+
+GUARD = 9
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     itemsize=st.sampled_from([1, 2, 4]),
-    size=st.integers(0, 70),
+    size=st.integers(0, 200),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -157,16 +208,44 @@ def test_differences_of_any_length_come_back(itemsize, size, share, seed):
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000])
-def test_a_single_changed_element_is_found_wherever_it_lies(itemsize, size):
+def test_differences_are_those_of_the_piece_at_any_length_and_offset(itemsize):
+    # Whatever surrounds the piece in memory differs everywhere, and nothing is written behind the
+    # room that the piece may need.
+    rng = np.random.default_rng(12)
+    room = 200 + 2 * GUARD
+    for size in range(201):
+        first = int(rng.integers(GUARD))
+        piece = slice(first, first + size)
+        around = random_bits(rng, room, itemsize)
+        before, after = around, ~around
+        changing = rng.random(size) < rng.choice([0.02, 0.5, 1.0])
+        after[piece] = np.where(changing, after[piece], before[piece])
+        positions = np.full(room, 0xDEADBEEF, np.uint32)
+        zigzags = np.full(room, 0, f"u{itemsize}")
+        at = int(rng.integers(GUARD))
+        count = find_changes(before[piece], after[piece], positions[at : at + size], zigzags[at:])
+        assert np.array_equal(positions[at : at + count], np.flatnonzero(changing))
+        assert np.all(positions[:at] == 0xDEADBEEF)
+        assert np.all(positions[at + count :] == 0xDEADBEEF)
+        assert np.all(zigzags[at : at + count] > 0)
+        assert not zigzags[:at].any()
+        assert not zigzags[at + count :].any()
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("lanes_more", [-63, -1, 0, 1, 9, 63, 64, 65, 136])
+def test_a_single_changed_element_is_found_wherever_it_lies(itemsize, lanes_more):
+    size = DIFFERENCE_LANES + lanes_more
     before = np.zeros(size, f"u{itemsize}")
     changes = Changes(size, itemsize)
     assert changes.find(before, before.copy()) == 0
-    for place in {0, size // 2, size - 1}:
-        after = before.copy()
-        after[place] = 1
-        assert changes.find(before, after) == 1
-        assert (changes.positions[0], changes.zigzags[0]) == (place, 2)
+    for place in range(size):
+        for bit in (0, 8 * itemsize - 1):
+            after = before.copy()
+            after[place] = 1 << bit
+            assert changes.find(before, after) == 1
+            # One up; or from +0 to -0, one down.
+            assert (changes.positions[0], changes.zigzags[0]) == (place, 1 if bit else 2)
 
 
 def test_all_elements_change():
@@ -374,58 +453,71 @@ def test_which_formats_widen():
 # --- measuring changes -------------------------------------------------------------------------
 
 
+def weights(rng, size, fmt):
+    """Return patterns of finite numbers of usual sizes."""
+    values = (rng.standard_normal(size) * 0.02).astype(np.float32)
+    if fmt is F16:
+        return values.astype(np.float16).view(np.uint16)
+    wide = values.view(np.uint32)
+    return wide if fmt is F32 else (wide >> np.uint32(16)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("first", [0, 1, 777])
 @pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
-def test_change_values_against_float64(code):
+def test_take_changes_measures_and_makes_the_changes_of_a_piece(code, first):
     fmt = FORMATS[code]
     rng = np.random.default_rng(9)
-    size = 5000
-    base, before, after = (
-        (rng.standard_normal(size) * 0.02).astype(np.float32).view(np.uint32) for _ in range(3)
+    block, piece = 3000, 2000
+    base, before = weights(rng, block, fmt), weights(rng, block, fmt)
+    after = weights(rng, piece, fmt)
+    at = np.flatnonzero(rng.random(piece) < 0.3)
+    positions = np.append(at, 0).astype(np.uint32)  # what lies behind `count` is not looked at
+    values = np.full(piece, np.nan)
+    state = before.copy()
+    change_sq, growth, nonfinite_at = take_changes(
+        base, state, after, first, positions, at.size, fmt.number, values
     )
-    if fmt is BF16:
-        base, before, after = (
-            (b >> np.uint32(16)).astype(np.uint16) for b in (base, before, after)
-        )
-    if fmt is F16:
-        base, before, after = (
-            b.view(np.float32).astype(np.float16).view(np.uint16) for b in (base, before, after)
-        )
-    positions = np.flatnonzero(rng.random(size) < 0.3).astype(np.uint32)
-    values = np.full(size, np.nan)
-    change_sq, growth, nonfinite_at = change_values(
-        base, before, after, positions, positions.size - 1, fmt.number, values
-    )
-    counted = positions[:-1]
-    origin, then, now = (as_float64(b, fmt)[counted] for b in (base, before, after))
-    assert np.array_equal(values[: counted.size], now - then)
-    assert np.isnan(values[counted.size :]).all()
+    # Of the whole of `after`, only the elements named were taken over, at their place in the block.
+    expected = before.copy()
+    expected[first + at] = after[at]
+    assert np.array_equal(state, expected)
+    assert positions.tolist() == [*(first + at).tolist(), 0]
+    origin, then = (as_float64(b, fmt)[first + at] for b in (base, before))
+    now = as_float64(after, fmt)[at]
+    assert np.array_equal(values[: at.size], now - then)
+    assert np.isnan(values[at.size :]).all()
     assert change_sq == pytest.approx(((now - then) ** 2).sum(), rel=1e-12)
-    expected = ((now - origin) ** 2).sum() - ((then - origin) ** 2).sum()
-    assert growth == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    growth_expected = ((now - origin) ** 2).sum() - ((then - origin) ** 2).sum()
+    assert growth == pytest.approx(growth_expected, rel=1e-9, abs=1e-12)
     assert nonfinite_at == -1
 
 
 @pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
-def test_change_values_names_the_first_position_that_became_not_finite(code):
+def test_take_changes_names_the_first_position_that_became_not_finite(code):
     fmt = FORMATS[code]
     infinity = (2 * fmt.bias + 1) << fmt.mantissa
     one = fmt.bias << fmt.mantissa
     base = np.array([one, infinity, one, one, one], fmt.bits_dtype)
     before = np.array([one, infinity, one, one, infinity], fmt.bits_dtype)
     after = np.array([0, infinity + 1, infinity, infinity + 1, one], fmt.bits_dtype)
-    positions = np.arange(5, dtype=np.uint32)
     values = np.empty(5)
 
-    def measure(first, count):
-        return change_values(base, before, after, positions[first:], count, fmt.number, values)
+    def measure(first, *at):
+        positions = np.array(at, np.uint32)
+        piece, state = after[first:], before.copy()
+        return take_changes(
+            base, state, piece, first, positions, positions.size, fmt.number, values
+        )
 
-    assert measure(0, 5)[2] == 2
-    assert measure(3, 2)[2] == 3
+    assert measure(0, 0, 1, 2, 3, 4)[2] == 2
+    assert measure(0, 3, 4)[2] == 3
+    assert measure(2, 1, 2)[2] == 3  # of the block, not of the piece
     # Not finite in the base already, or only at the step before: nothing to say.
-    assert measure(0, 2)[2] == -1
-    assert measure(4, 1)[2] == -1
+    assert measure(0, 0, 1)[2] == -1
+    assert measure(4, 0)[2] == -1
+    assert measure(3)[2] == -1
     # What is not finite counts as 0.
-    change_sq, growth, _ = measure(0, 5)
+    change_sq, growth, _ = measure(0, 0, 1, 2, 3, 4)
     assert values.tolist() == [-1.0, 0.0, -1.0, -1.0, 1.0]
     assert change_sq == 4.0
     assert growth == 1.0 + 0.0 + 1.0 + 1.0 - 1.0
@@ -436,7 +528,7 @@ def test_growth_does_not_cancel():
     base = np.array([0.0], np.float32).view(np.uint32)
     before = np.array([1e10], np.float32).view(np.uint32)
     after = before + np.uint32(1)
-    values = np.empty(1)
-    _, growth, _ = change_values(base, before, after, np.zeros(1, np.uint32), 1, 2, values)
+    values, state = np.empty(1), before.copy()
+    _, growth, _ = take_changes(base, state, after, 0, np.zeros(1, np.uint32), 1, 2, values)
     then, now = (Fraction(float(b.view(np.float32)[0])) for b in (before, after))
     assert growth == float(now * now - then * then)

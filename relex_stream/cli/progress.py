@@ -40,11 +40,15 @@ class QuietProgress(NoProgress):
 def describe(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
     """Return how far a stage is, how fast it goes and how long it will take.
 
+    Nothing for a stage that has no bytes to count.
+
     Examples
     --------
     >>> describe(256 << 20, 1 << 30, 2.0)
     '256 MiB of 1.00 GiB (25 %), 128 MiB/s, 6.00 s left'
     """
+    if not total_bytes and not done_bytes:
+        return ""
     share = f" ({100 * done_bytes // total_bytes} %)" if total_bytes else ""
     text = f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}{share}"
     if done_bytes > 0 and elapsed_s > 0:
@@ -79,7 +83,9 @@ class LineProgress:
         """Write that a stage begins."""
         self._stage, self._total_bytes, self._done_bytes = stage, total_bytes, 0
         self._started_s = self._written_s = self._clock()
-        self._write(f"{stage}: {format_bytes(total_bytes)} to do")
+        self._write(
+            f"{stage}: {format_bytes(total_bytes)} to do" if total_bytes else f"{stage} ..."
+        )
 
     def advance(self, done_bytes: int) -> None:
         """Count, and write a line if the last one is ten seconds old."""
@@ -93,6 +99,9 @@ class LineProgress:
     def finish(self) -> None:
         """Write what the stage did."""
         elapsed_s = self._clock() - self._started_s
+        if not self._done_bytes:
+            self._write(f"{self._stage}: done in {format_duration(elapsed_s)}")
+            return
         text = f"{self._stage}: done, {format_bytes(self._done_bytes)}"
         text += f" in {format_duration(elapsed_s)}"
         if elapsed_s > 0:
@@ -144,7 +153,9 @@ class BarProgress:
     def finish(self) -> None:
         """Fill the bar and say what the stage did."""
         elapsed_s = self._clock() - self._started_s
-        text = f"{format_bytes(self._done_bytes)} in {format_duration(elapsed_s)}"
+        text = f"in {format_duration(elapsed_s)}"
+        if self._done_bytes:
+            text = f"{format_bytes(self._done_bytes)} {text}"
         # A full bar needs something to be full of, also where there was nothing to do.
         self._total_bytes = self._done_bytes = max(self._done_bytes, 1)
         self._draw(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,7 +40,11 @@ class CheckpointReader:
     ----------
     max_open : int, optional
         Most files open at a time; by default half of what the system allows this process, and no
-        more than 512. Threads beyond that number wait for each other.
+        more than 512. Threads that need more than are left wait for the others.
+
+    Attributes
+    ----------
+    max_open : int
 
     Raises
     ------
@@ -65,11 +69,12 @@ class CheckpointReader:
             max_open = _default_max_open()
         if max_open < 1:
             raise ValueError(f"max_open must be at least 1, got {max_open}")
-        self._max_open = max_open
+        self.max_open = max_open
         self._changed = threading.Condition()  # guards everything below
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()  # least recently used first
         self._opening: set[str] = set()  # paths being opened without the lock held
         self._versions: dict[str, _Version] = {}
+        self._lent = 0  # descriptors promised to `borrow`
         self._closed = False
 
     def read(self, path: str, offset: int, buffer: memoryview | NDArray[np.uint8]) -> None:
@@ -99,7 +104,7 @@ class CheckpointReader:
         if view.nbytes == 0:
             return  # and memoryview.cast refuses empty arrays
         view = view.cast("B")
-        with self._borrow(path) as descriptor:
+        with self.borrow([path]) as (descriptor,):
             done = 0
             while done < len(view):  # one call returns at most 2 GiB, on network mounts often less
                 try:
@@ -158,16 +163,43 @@ class CheckpointReader:
         return any(file.readers for file in self._files.values())
 
     @contextmanager
-    def _borrow(self, path: str) -> Iterator[int]:
-        """Lend a descriptor of a file, which stays open meanwhile."""
-        file = self._acquire(path)
+    def borrow(self, paths: Sequence[str]) -> Iterator[list[int]]:
+        """Lend open descriptors of files, for reading at offsets only.
+
+        Parameters
+        ----------
+        paths : sequence of str
+            At most `max_open` of them.
+
+        Yields
+        ------
+        list of int
+            Valid inside the ``with`` block.
+
+        Raises
+        ------
+        SourceError
+            If a file cannot be opened, or changed since first opened.
+        """
+        if len(paths) > self.max_open:
+            raise ValueError(
+                f"{len(paths)} files asked for at once, at most {self.max_open} may be"
+            )
+        with self._changed:
+            # All or none: two threads that each wait for the other's last file wait forever.
+            self._changed.wait_for(lambda: self._closed or self._lent + len(paths) <= self.max_open)
+            self._lent += len(paths)
+        files: list[_OpenFile] = []
         try:
-            yield file.descriptor
+            for path in paths:
+                files.append(self._acquire(path))  # noqa: PERF401  # those before an error go back
+            yield [file.descriptor for file in files]
         finally:
             with self._changed:
-                file.readers -= 1
-                if file.readers == 0:
-                    self._changed.notify_all()
+                for file in files:
+                    file.readers -= 1
+                self._lent -= len(paths)
+                self._changed.notify_all()
 
     def _acquire(self, path: str) -> _OpenFile:
         with self._changed:
@@ -179,8 +211,8 @@ class CheckpointReader:
                     file.readers += 1
                     self._files.move_to_end(path)
                     return file
-                # No deadlock: a thread that waits here holds no file, so others can finish.
-                if path not in self._opening and self._make_room():
+                if path not in self._opening:
+                    self._make_room()
                     self._opening.add(path)
                     break
                 self._changed.wait()
@@ -198,15 +230,26 @@ class CheckpointReader:
                 self._opening.discard(path)
                 self._changed.notify_all()
 
-    def _make_room(self) -> bool:
-        """Return whether one more file may be opened, closing an idle one if need be."""
-        if len(self._files) + len(self._opening) < self._max_open:
-            return True
-        idle = next((path for path, file in self._files.items() if not file.readers), None)
-        if idle is None:
-            return False
+    def _make_room(self) -> None:
+        """Close an idle file if no other may be opened; `borrow` saw to it that there is one."""
+        if len(self._files) + len(self._opening) < self.max_open:
+            return
+        idle = next(path for path, file in self._files.items() if not file.readers)
         os.close(self._files.pop(idle).descriptor)
-        return True
+
+
+def read_ahead(descriptor: int, offset: int, size: int) -> None:
+    """Ask the system to bring bytes of a file into its cache; do not wait for them.
+
+    Does nothing where the last of them is there already: asking costs more than looking.
+    """
+    try:
+        if os.preadv(descriptor, [bytearray(1)], offset + size - 1, os.RWF_NOWAIT):
+            return
+    except (OSError, AttributeError):  # not there, or a system that cannot say
+        pass
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _default_max_open() -> int:

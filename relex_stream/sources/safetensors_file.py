@@ -57,7 +57,7 @@ def read_weights_file(path: Path, relative_path: str) -> tuple[WeightsFile, dict
     """
     raw_header, size = _read_header(path)
     try:
-        specs = _parse_header(raw_header[_LENGTH_BYTES:])
+        specs = _parsed(raw_header, relative_path)
     except _UnsupportedDTypeError as error:
         raise SourceError(f"{path}: {error} is not supported; dequantise the model first") from None
     except ValueError as error:
@@ -109,6 +109,24 @@ def _read_header(path: Path) -> tuple[bytes, int]:
 
 def _truncated(path: Path, size: int, expected: str) -> SourceError:
     return SourceError(f"{path}: truncated: {size} bytes where {expected} expected; copy it again")
+
+
+_last_parsed: dict[str, tuple[bytes, list[tuple[TensorSpec, int, int]]]] = {}
+_MOST_KEPT = 256
+
+
+def _parsed(raw_header: bytes, relative_path: str) -> list[tuple[TensorSpec, int, int]]:
+    """Parse a header unless it is that of the last file of this name.
+
+    The checkpoints of a run have the same headers, of megabytes when there are many tensors.
+    """
+    kept, specs = _last_parsed.get(relative_path, (b"", []))
+    if kept != raw_header:
+        specs = _parse_header(raw_header[_LENGTH_BYTES:])
+        if len(_last_parsed) >= _MOST_KEPT:
+            _last_parsed.clear()
+        _last_parsed[relative_path] = raw_header, specs
+    return specs
 
 
 def _parse_header(header: bytes) -> list[tuple[TensorSpec, int, int]]:

@@ -33,7 +33,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def write_tail(path: Path, committed_bytes: int, data: bytes) -> None:
+def write_tail(path: Path, committed_bytes: int, data: bytes | memoryview) -> None:
     """Put `data` right after the first `committed_bytes` of a file, which stay as they are.
 
     Whatever an unfinished run left behind them is cut off first.
@@ -173,7 +173,7 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,6 +37,9 @@ from relex_stream.store.records import (
 )
 
 HEAD_NAME = "HEAD"
+
+SKETCHES_AT_HAND_BYTES = 8 << 20
+"""Sketches read together, of as many tensors as that holds (at least one)."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,13 @@ class Store:
     ) -> Iterator[tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]]:
         """Yield the sketches of the first `rows` changes, tensor by tensor.
 
-        Reads slices of the records, so that memory does not grow with the number of tensors.
+        Reads slices of the records, of many neighbouring tensors at a time but no more than
+        `SKETCHES_AT_HAND_BYTES`, so that memory does not grow with the number of tensors.
+
+        Parameters
+        ----------
+        tensors : iterable of StoredTensor
+            With sketches, in the manifest's order.
 
         Yields
         ------
@@ -172,35 +181,37 @@ class Store:
         sketch : ndarray of float16, shape (rows, width)
         scale : ndarray of float32, shape (rows,)
         """
-        width = self.manifest.sketch_width
         offsets = [self._sketch_offsets(row) for row in range(rows)]
-        descriptors = [-1] * rows
-        try:
-            for tensor in tensors:
-                sketch = np.empty((rows, width), np.float16)
-                scale = np.empty(rows, np.float32)
-                for row in range(rows):
-                    # Few records are open at a time even in a store of very many steps.
-                    path = self.record_path(self.head.commits[row])
-                    descriptor = descriptors[row]
-                    if descriptor < 0:
-                        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                        if row < 128:
-                            descriptors[row] = descriptor
-                    at, scale_at = offsets[row]
-                    sketch_bytes = os.pread(
-                        descriptor, 2 * width, at + 2 * width * tensor.sketch_row
-                    )
-                    scale_bytes = os.pread(descriptor, 4, scale_at + 4 * tensor.sketch_row)
-                    if row >= 128:
-                        os.close(descriptor)
-                    sketch[row] = np.frombuffer(sketch_bytes, np.float16)
-                    scale[row] = np.frombuffer(scale_bytes, np.float32)[0]
-                yield tensor, sketch, scale
-        finally:
-            for descriptor in descriptors:
-                if descriptor >= 0:
-                    os.close(descriptor)
+        per_tensor = max(1, rows * (2 * self.manifest.sketch_width + 4))
+        most = max(1, SKETCHES_AT_HAND_BYTES // per_tensor)
+        batch: list[StoredTensor] = []
+        for tensor in tensors:
+            if batch and tensor.sketch_row - batch[0].sketch_row >= most:
+                yield from self._read_sketches(batch, offsets)
+                batch = []
+            batch.append(tensor)
+        if batch:
+            yield from self._read_sketches(batch, offsets)
+
+    def _read_sketches(
+        self, tensors: Sequence[StoredTensor], offsets: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]]:
+        first = tensors[0].sketch_row
+        count = tensors[-1].sketch_row + 1 - first
+        width = self.manifest.sketch_width
+        sketches = np.empty((len(offsets), count, width), np.float16)
+        scales = np.empty((len(offsets), count), np.float32)
+        for row, (sketch_at, scale_at) in enumerate(offsets):
+            path = self.record_path(self.head.commits[row])
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.preadv(descriptor, [sketches[row]], sketch_at + 2 * width * first)
+                os.preadv(descriptor, [scales[row]], scale_at + 4 * first)
+            finally:
+                os.close(descriptor)
+        for tensor in tensors:
+            here = tensor.sketch_row - first
+            yield tensor, sketches[:, here], scales[:, here]
 
     def _sketch_offsets(self, row: int) -> tuple[int, int]:
         with open(self.record_path(self.head.commits[row]), "rb") as file:
@@ -247,7 +258,9 @@ class Store:
                 continue
             offset = int(sizes[start:low].sum(dtype=np.int64))
             key = arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
-            data = memoryview(self._read_chunk(key, offset, wanted, where))
+            chunk = np.empty(wanted, np.uint8)
+            self._read_chunk(key, offset, chunk, where)
+            data = chunk.data
             at = 0
             for row in range(low, high):
                 if not sizes[row]:
@@ -262,6 +275,39 @@ class Store:
                 frames.append((row, frame))
         return frames
 
+    def read_run(
+        self,
+        tensor: StoredTensor,
+        block: int,
+        first_row: int,
+        sizes: Sequence[int],
+        out: NDArray[np.uint8],
+    ) -> None:
+        """Read the bytes that `read_frames` cuts into frames, unchecked, into `out`.
+
+        `sizes` are those of the committed frames from `first_row` on, 0 for none.
+
+        Raises
+        ------
+        CorruptionError
+            If a chunk is missing or shorter than what is committed.
+        """
+        before = self.frame_bytes[
+            first_row // STEP_GROUP * STEP_GROUP : first_row, tensor.first_block + block
+        ]
+        offset = int(before.sum(dtype=np.int64)) if before.size else 0
+        where = f"tensor {tensor.name}, block {block}"
+        row, done, stop_row = first_row, 0, first_row + len(sizes)
+        while row < stop_row:
+            chunk_row = row // STEP_GROUP
+            end = min(stop_row, (chunk_row + 1) * STEP_GROUP)
+            wanted = sum(sizes[row - first_row : end - first_row])
+            if wanted:
+                key = arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
+                self._read_chunk(key, offset, out[done : done + wanted], where)
+                done += wanted
+            row, offset = end, 0
+
     def read_base_frame(self, tensor: StoredTensor, block: int) -> memoryview | None:
         """Return the frame of an included base block; None when the block is all zero bits."""
         size = int(self.manifest.base_frame_bytes[tensor.first_block + block])
@@ -269,31 +315,29 @@ class Store:
             return None
         key = arrays.chunk_key(arrays.BASE, tensor, 0, block)
         where = f"base weights of tensor {tensor.name}, block {block}"
-        return memoryview(self._read_chunk(key, 0, size, where))
+        frame = np.empty(size, np.uint8)
+        self._read_chunk(key, 0, frame, where)
+        return frame.data
 
-    def _read_chunk(self, key: str, offset: int, size: int, where: str) -> bytes:
-        path = self.path / key
+    def _read_chunk(self, key: str, offset: int, out: NDArray[np.uint8], where: str) -> None:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(f"{self.path}/{key}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise CorruptionError(
                 f"{self.path}: {where}: chunk {key} is committed but missing"
             ) from None
         try:
-            parts = []
-            while size:
-                part = os.pread(descriptor, size, offset)
-                if not part:
+            done = 0
+            while done < out.size:
+                count = os.preadv(descriptor, [out[done:].data], offset + done)
+                if not count:
                     raise CorruptionError(
                         f"{self.path}: {where}: chunk {key} is cut short: it ends at byte "
                         f"{os.fstat(descriptor).st_size}, committed frames go on"
                     )
-                parts.append(part)
-                offset += len(part)
-                size -= len(part)
+                done += count
         finally:
             os.close(descriptor)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     # --- blobs ----------------------------------------------------------------------------------
 
@@ -337,11 +381,18 @@ class Store:
 
     def stored_bytes(self) -> int:
         """Return the bytes of all files of the store."""
-        return sum(
-            entry.stat().st_size
-            for entry in self.path.rglob("*")
-            if entry.is_file() and not entry.is_symlink()
-        )
+        return _bytes_below(str(self.path))
+
+
+def _bytes_below(directory: str) -> int:
+    total = 0
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                total += _bytes_below(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
 
 
 def read_head(path: Path) -> Head:

@@ -8,9 +8,11 @@ and CRC-32C; what HEAD does not name does not exist.
 from __future__ import annotations
 
 import json
+import math
 import posixpath
 import struct
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -71,22 +73,20 @@ class StoredTensor:
     block_elements: int
     sketch_row: int
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes per stored element (constants are stored as bytes)."""
         return 1 if self.kind == "constant" else self.dtype.itemsize
 
-    @property
+    @cached_property
     def base_itemsize(self) -> int:
         """Bytes per stored element in the base's files."""
         return 1 if self.kind == "constant" else self.base_dtype.itemsize
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Stored elements: weights, or bytes of a constant."""
-        weights = 1
-        for size in self.shape:
-            weights *= size
+        weights = math.prod(self.shape)
         return weights * self.dtype.itemsize if self.kind == "constant" else weights
 
     def block_range(self, block: int) -> tuple[int, int]:
@@ -264,21 +264,23 @@ def place_tensors(
         dtype = DTYPES[described["dtype"]]
         shape = tuple(described["shape"])
         block_elements = block_bytes // (1 if kind == "constant" else dtype.itemsize)
-        tensor = StoredTensor(
-            name=described["name"],
-            kind=kind,
-            base_dtype=DTYPES[described["base_dtype"]],
-            dtype=dtype,
-            shape=shape,
-            tied_to=described["tied_to"],
-            index=index,
-            first_block=first_block,
-            blocks=0,
-            block_elements=block_elements,
-            sketch_row=described["sketch_row"],
+        elements = math.prod(shape) * (dtype.itemsize if kind == "constant" else 1)
+        blocks = 0 if kind == "tied" else -(-elements // block_elements)
+        tensors.append(
+            StoredTensor(
+                name=described["name"],
+                kind=kind,
+                base_dtype=DTYPES[described["base_dtype"]],
+                dtype=dtype,
+                shape=shape,
+                tied_to=described["tied_to"],
+                index=index,
+                first_block=first_block,
+                blocks=blocks,
+                block_elements=block_elements,
+                sketch_row=described["sketch_row"],
+            )
         )
-        blocks = 0 if kind == "tied" else -(-tensor.elements // block_elements)
-        tensors.append(StoredTensor(**{**tensor.__dict__, "blocks": blocks}))
         first_block += blocks
     return tuple(tensors), first_block
 

@@ -50,7 +50,7 @@ def write_frames(
     chunk_row: int,
     block: int,
     committed: int,
-    data: bytes,
+    data: bytes | memoryview,
 ) -> None:
     """Put frames behind the committed bytes of a chunk. Idempotent; safe from any thread.
 
@@ -62,10 +62,11 @@ def write_frames(
         ``arrays.DELTAS`` or ``arrays.BASE``.
     committed : int
         Bytes of the chunk that HEAD reaches.
-    data : bytes
+    data : bytes or memoryview of bytes
         Whole frames.
     """
-    files.write_tail(root / arrays.chunk_key(group, tensor, chunk_row, block), committed, data)
+    path = root / arrays.chunk_key(group, tensor, chunk_row, block)
+    files.write_tail(path, committed, data)
 
 
 class StoreWriter:
@@ -172,7 +173,11 @@ class StoreWriter:
                 rows_here = allocated if group == arrays.DELTAS else 1
                 document = arrays.array_document(tensor, group, rows_here)
                 documents[directory / "zarr.json"] = document
-        self._put_documents(documents)
+        if self.store is None:  # no reader yet that could see half of one
+            for path, document in documents.items():
+                self._write(path, document)
+        else:
+            self._put_documents(documents)
 
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""

@@ -41,7 +41,7 @@ def test_stages_without_bytes_or_time_divide_by_nothing() -> None:
     progress.start("check", 0)
     progress.advance(0)
     progress.finish()
-    assert lines == ["check: 0 B to do", "check: done, 0 B in 0.00 s"]
+    assert lines == ["check ...", "check: done in 0.00 s"]
 
 
 def test_a_log_whose_reader_has_gone_stops_nothing() -> None:
@@ -86,7 +86,7 @@ def test_a_bar_on_a_terminal() -> None:
     progress.close()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "1.00 MiB in 1.00 s" in text
-    assert "0 B in 0.00 s" in text
+    assert re.search(r"nothing\s.* in 0.00 s", text)
 
 
 def test_warnings_go_above_the_bar_and_the_cursor_comes_back() -> None:

@@ -1,3 +1,4 @@
+import functools
 import os
 import random
 import resource
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from relex_stream.errors import SourceError
-from relex_stream.sources import CheckpointReader
+from relex_stream.sources import CheckpointReader, read_ahead
 from relex_stream.sources import reader as reader_module
 
 
@@ -243,6 +244,196 @@ def test_change_is_seen_on_opening_again(files, tmp_path, monkeypatch):
             reader.read(a, 0, buffer)
         reader.read(b, 0, buffer)
     assert counts == [0, 1]
+
+
+# --- descriptors lent ----------------------------------------------------------------------------
+
+
+def in_threads(*works):
+    """Start functions, each in a thread that a deadlock does not let hang the tests."""
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def finished(threads, seconds=30):
+    for thread in threads:
+        thread.join(seconds)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def first_bytes(descriptors):
+    return [os.pread(descriptor, 8, 0) for descriptor in descriptors]
+
+
+def test_borrowed_descriptors_are_those_of_the_files_in_order(files, monkeypatch):
+    counts = open_files(monkeypatch)
+    a, b, c, *_ = files
+    with CheckpointReader(max_open=3) as reader:
+        for paths in ([a, b, c], [c, a], [b, b, b], [a], []):
+            with reader.borrow(paths) as descriptors:
+                assert first_bytes(descriptors) == [files[path][:8] for path in paths]
+        reader.verify_unchanged()
+    assert counts == [0, 3]
+
+
+def test_no_more_can_be_borrowed_than_may_be_open(files):
+    with CheckpointReader(max_open=2) as reader:
+        assert reader.max_open == 2
+        with (
+            pytest.raises(ValueError, match="3 files asked for at once, at most 2"),
+            reader.borrow([*files][:3]),
+        ):
+            pass
+        with reader.borrow([*files][:2]):
+            pass
+
+
+def test_what_is_lent_stays_open_and_is_closed_only_afterwards(files, monkeypatch):
+    counts = open_files(monkeypatch)
+    closed = []
+    close = os.close
+    monkeypatch.setattr(os, "close", lambda number: closed.append(number) or close(number))
+    a, *others = files
+    buffer = np.zeros(4, dtype=np.uint8)
+    with CheckpointReader(max_open=2) as reader:
+        with reader.borrow([a]) as (descriptor,):
+            for path in others * 3:
+                reader.read(path, 0, buffer)
+                assert os.pread(descriptor, 8, 0) == files[a][:8]
+            assert descriptor not in closed
+        reader.read(others[0], 0, buffer)
+        reader.read(others[1], 0, buffer)
+        assert descriptor in closed
+    assert counts == [0, 2]
+
+
+def test_a_borrower_waits_with_empty_hands(files):
+    """With one of two slots lent, who wants two must not hold the other one meanwhile."""
+    a, b, c, d, *_ = files
+    reader = CheckpointReader(max_open=2)
+    got = []
+
+    def two():
+        with reader.borrow([b, c]) as descriptors:
+            got.append(first_bytes(descriptors))
+
+    def one():
+        with reader.borrow([d]) as descriptors:
+            got.append(first_bytes(descriptors))
+
+    with reader.borrow([a]):
+        waiting = in_threads(two)
+        assert not finished(waiting, 0.05)
+        assert finished(in_threads(one))
+        assert not finished(waiting, 0.05)
+    assert finished(waiting)
+    assert got == [[files[d][:8]], [files[b][:8], files[c][:8]]]
+    reader.close()
+
+
+@pytest.mark.parametrize("max_open", [1, 2, 3, 5])
+def test_many_borrowers_never_wait_for_each_other_for_ever(files, monkeypatch, max_open):
+    counts = open_files(monkeypatch)
+    reader = CheckpointReader(max_open)
+    paths = list(files)
+    wrong = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        buffer = np.zeros(8, dtype=np.uint8)
+        for _ in range(150):
+            wanted = [rng.choice(paths) for _ in range(rng.randint(1, max_open))]
+            with reader.borrow(wanted) as descriptors:
+                found = first_bytes(descriptors)
+            if found != [files[path][:8] for path in wanted]:
+                wrong.append(wanted)
+            reader.read(wanted[0], 0, buffer)
+
+    threads = in_threads(*(functools.partial(work, seed) for seed in range(12)))
+    assert finished(threads, 60)
+    assert not wrong
+    reader.verify_unchanged()
+    reader.close()
+    assert counts[0] == 0
+    assert counts[1] <= max_open
+
+
+def test_a_file_that_cannot_be_opened_leaves_the_others_free(files, tmp_path):
+    a, b, c, *_ = files
+    reader = CheckpointReader(max_open=3)
+
+    def everything():
+        with reader.borrow([a, b, c]):
+            pass
+
+    for place in range(3):
+        paths = [a, b]
+        paths.insert(place, str(tmp_path / "none"))
+        for _ in range(3):
+            with pytest.raises(SourceError, match="No such file"), reader.borrow(paths):
+                pass
+    with pytest.raises(KeyError), reader.borrow([a, b, c]):
+        raise KeyError
+    assert finished(in_threads(everything))
+    reader.close()
+
+
+def test_a_file_that_changed_is_not_lent(files, tmp_path):
+    a, b, c, *_ = files
+    reader = CheckpointReader(max_open=2)
+    for paths in ([a], [b, c]):  # the second closes the first
+        with reader.borrow(paths):
+            pass
+    change_time(tmp_path / "file0")
+    for _ in range(3):
+        with (
+            pytest.raises(SourceError, match=f"{a}: changed while it was being read"),
+            reader.borrow([b, a]),
+        ):
+            pass
+    assert finished(in_threads(lambda: reader.read(c, 0, np.zeros(4, dtype=np.uint8))))
+    reader.close()
+
+
+def test_closing_sends_those_away_who_wait_and_waits_for_those_who_have(files):
+    a, b, *_ = files
+    reader = CheckpointReader(max_open=1)
+    errors = []
+
+    def borrow():
+        try:
+            with reader.borrow([b]):
+                pass
+        except ValueError as error:
+            errors.append(str(error))
+
+    with reader.borrow([a]) as (descriptor,):
+        waiting = in_threads(borrow)
+        closing = in_threads(reader.close)
+        assert finished(waiting)
+        assert not finished(closing, 0.05)
+        assert os.pread(descriptor, 8, 0) == files[a][:8]
+    assert finished(closing)
+    assert errors == ["the reader is closed"]
+
+
+def test_reading_ahead_asks_for_what_is_not_in_memory(one, monkeypatch):
+    path, data = one
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]))
+
+    def absent(*_):
+        raise BlockingIOError
+
+    with CheckpointReader() as reader, reader.borrow([path]) as (descriptor,):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", absent)
+            read_ahead(descriptor, 10, 500)
+        assert asked == [(10, 500)]
+        read_ahead(descriptor, len(data), 500)  # behind the end: nothing to say, no error
+        reader.read(path, 0, np.zeros(len(data), dtype=np.uint8))
 
 
 def test_misuse(one):

@@ -1,0 +1,116 @@
+"""What compiled kernels need and Python cannot say: machine instructions and one system call.
+
+Each is a few lines of LLVM; numba inlines them. Usable inside kernels only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+DIFFERENCE_LANES = 64
+"""Elements that `difference_mask` compares at a time."""
+
+read_at = types.ExternalFunction(
+    "pread", types.int64(types.int32, types.voidptr, types.uint64, types.int64)
+)
+"""``pread(2)``: read into the memory at an array's ``.ctypes``; -1 where it fails."""
+
+
+@intrinsic
+def float32_from_bits(typingctx: Any, bits: Any) -> Any:
+    """Take a uint32 for the float32 of that pattern."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def bits_from_float32(typingctx: Any, value: Any) -> Any:
+    """Take a float32 for its pattern."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def bits_from_float64(typingctx: Any, value: Any) -> Any:
+    """Take a float64 for its pattern."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.uint64(types.float64), codegen
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """Count the zero bits below the lowest set bit of a uint64 that is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def difference_mask(typingctx: Any, a: Any, a_at: Any, b: Any, b_at: Any) -> Any:
+    """Compare 64 elements of two arrays of one dtype, from ``a[a_at]`` and ``b[b_at]`` on.
+
+    Returns a uint64 whose bit i is set where element i differs. One vector comparison for as many
+    elements as a register holds, where a loop over elements would be a branch for each.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = signature.args[0].dtype.bitwidth
+        lanes = ir.VectorType(ir.IntType(bits), DIFFERENCE_LANES)
+
+        def loaded(array_type: Any, array: Any, at: Any) -> Any:
+            data = context.make_array(array_type)(context, builder, array).data
+            place = builder.bitcast(builder.gep(data, [at]), lanes.as_pointer())
+            return builder.load(place, align=bits // 8)
+
+        differs = builder.icmp_unsigned(
+            "!=",
+            loaded(signature.args[0], args[0], args[1]),
+            loaded(signature.args[2], args[2], args[3]),
+        )
+        return builder.bitcast(differs, ir.IntType(DIFFERENCE_LANES))
+
+    return types.uint64(a, types.int64, b, types.int64), codegen
+
+
+@intrinsic
+def load_word(typingctx: Any, raw: Any, at: Any) -> Any:
+    """Load 8 bytes of a uint8 array from ``raw[at]`` on, at any alignment, as a uint64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        place = builder.gep(data, [args[1]])
+        return builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()), align=1)
+
+    return types.uint64(raw, types.int64), codegen
+
+
+@intrinsic
+def crc32c_word_sse42(typingctx: Any, crc: Any, word: Any) -> Any:
+    """Add 8 bytes to a CRC-32C register; x86 with SSE 4.2 only."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.IntType(64)
+        instruction = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(wide, [wide, wide]),
+            "llvm.x86.sse42.crc32.64.64",
+        )
+        return builder.call(instruction, args)
+
+    return types.uint64(types.uint64, types.uint64), codegen

@@ -1,0 +1,238 @@
+"""One block through many checkpoints in one compiled call: read, check, compare, measure, pack.
+
+This loop is where a build spends its time, so nothing of Python runs in it: a piece of the block is
+read into a buffer that stays in the processor's cache, its checksum taken, compared with the step
+before, and only what changed is looked at again. Rows with so many changes that a dense frame might
+be smaller, and errors of the disk, are handed back to the caller.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from relex_stream import checksum
+from relex_stream.codec import Changes, FrameCodec, crc_of_frame, frame_room, put_frame
+from relex_stream.intrinsics import read_at
+from relex_stream.kernels import kernel
+from relex_stream.pages import PAGE_BYTES, page_lead
+from relex_stream.sketch import add_to_sketch
+from relex_stream.specs import STEP_GROUP
+from relex_stream.ulp import Bits, find_changes, retreat, take_changes
+
+PIECE_BYTES = 256 << 10
+"""Bytes read at a time: they and the state they are compared with fit a core's own cache."""
+
+FRAMES_BYTES = 2 << 20
+"""Frames that a worker keeps before it writes them, beside room for one more."""
+
+DONE, FULL, UNREADABLE = range(3)
+"""Why `scan_steps` returned: all steps are done; there is no room for the next step's frame; the
+next step could not be read (the state is before it)."""
+
+
+class ScanBuffers(NamedTuple):
+    """Buffers of one worker for blocks of one dtype; see `scan_buffers`."""
+
+    raw: NDArray[np.uint8]
+    after: Bits
+    values: NDArray[np.float64]
+    positions: NDArray[np.uint32]
+    zigzags: Bits
+    streams: NDArray[np.uint8]
+    handles: NDArray[np.uint64]
+    frames: NDArray[np.uint8]
+
+
+class ScanTables(NamedTuple):
+    """What `scan_steps` finds out, one entry per step.
+
+    Attributes
+    ----------
+    changed : ndarray of int64, shape (T,)
+        Changed elements.
+    source_crc : ndarray of uint32, shape (T,)
+        CRC-32C of the block's bytes.
+    change_sq, delta_sq_growth : ndarray of float64, shape (T,)
+        Sum of squares of the changes; what they add to that of ``step - base``.
+    nonfinite_at : ndarray of int64, shape (T,)
+        First element that is not finite where the base is; -1 for none.
+    sketch : ndarray of float64, shape (T, width)
+        ``D Omega``; width 0 for tensors without a sketch.
+    frame_bytes, frame_crc : ndarray of uint32, shape (T,)
+        Bytes and CRC-32C of the step's frame; 0 for none.
+    """
+
+    changed: NDArray[np.int64]
+    source_crc: NDArray[np.uint32]
+    change_sq: NDArray[np.float64]
+    delta_sq_growth: NDArray[np.float64]
+    nonfinite_at: NDArray[np.int64]
+    sketch: NDArray[np.float64]
+    frame_bytes: NDArray[np.uint32]
+    frame_crc: NDArray[np.uint32]
+
+
+def scan_buffers(codec: FrameCodec, changes: Changes) -> ScanBuffers:
+    """Return buffers for the blocks that `codec` is for, around its own and those of `changes`."""
+    raw = np.empty(PIECE_BYTES + PAGE_BYTES, np.uint8)
+    after = raw.view(changes.zigzags.dtype)
+    return ScanBuffers(
+        raw=raw,
+        after=after,
+        values=np.empty(after.size),
+        positions=changes.positions,
+        zigzags=changes.zigzags,
+        streams=codec.streams,
+        handles=codec.contexts.handles,
+        frames=np.empty(frame_room(codec.elements, codec.itemsize) + FRAMES_BYTES, np.uint8),
+    )
+
+
+def scan_tables(steps: int, sketch_width: int) -> ScanTables:
+    """Return empty tables for `steps` steps."""
+    return ScanTables(
+        changed=np.zeros(steps, np.int64),
+        source_crc=np.zeros(steps, np.uint32),
+        change_sq=np.zeros(steps),
+        delta_sq_growth=np.zeros(steps),
+        nonfinite_at=np.full(steps, -1, np.int64),
+        sketch=np.zeros((steps, sketch_width)),
+        frame_bytes=np.zeros(steps, np.uint32),
+        frame_crc=np.zeros(steps, np.uint32),
+    )
+
+
+_page_lead = njit(inline="always")(page_lead)
+
+
+@kernel
+def _read_piece(descriptor, offset, raw):  # type: ignore[no-untyped-def]
+    done = 0
+    while done < raw.size:
+        rest = raw[done:]
+        count = read_at(descriptor, rest.ctypes, np.uint64(rest.size), offset + done)
+        if count <= 0:
+            return False
+        done += count
+    return True
+
+
+@kernel
+def scan_steps(  # type: ignore[no-untyped-def]
+    descriptors,
+    offsets,
+    first_step,
+    first_row,
+    base,
+    state,
+    format_number,
+    first_element,
+    key,
+    buffers,
+    tables,
+):
+    """Take a block from the state before step `first_step` through the steps after it.
+
+    Parameters
+    ----------
+    descriptors : ndarray of int32, shape (n,)
+        Open files of the steps ``first_step`` to ``first_step + n - 1`` of the tables.
+    offsets : ndarray of int64, shape (n,)
+        Where the block begins in each.
+    first_step : int
+        Row of the tables that the first descriptor belongs to.
+    first_row : int
+        Row of its frame within the chunk; later rows count on from 0 behind the chunk's last.
+    base, state : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns at the base and at the step before; `state` is brought up to the last step
+        taken.
+    format_number : int
+        `FloatFormat.number` of the weights.
+    first_element : int
+        Offset of the block in its tensor, for the sketch.
+    key : uint64
+        Of the sketch.
+    buffers : ScanBuffers
+        Frames are put one behind the other, from the start of ``buffers.frames``.
+    tables : ScanTables
+        Out.
+
+    Returns
+    -------
+    steps : int
+        Steps taken.
+    reason : int
+        `DONE`, `FULL` or `UNREADABLE`.
+    """
+    itemsize = state.itemsize
+    piece = (buffers.raw.size - PAGE_BYTES) // itemsize
+    room = buffers.frames.size - FRAMES_BYTES
+    used = 0
+    for number in range(descriptors.size):
+        step = first_step + number
+        if buffers.frames.size - used < room:
+            return number, FULL
+        found = 0
+        crc = np.uint32(0)
+        lead = _page_lead(np.int64(buffers.raw.ctypes.data), offsets[number])
+        after = buffers.after[lead // itemsize :]
+        for first in range(0, state.size, piece):
+            stop = min(state.size, first + piece)
+            raw = buffers.raw[lead : lead + (stop - first) * itemsize]
+            if not _read_piece(descriptors[number], offsets[number] + first * itemsize, raw):
+                retreat(state, buffers.positions, buffers.zigzags, found)
+                tables.sketch[step] = 0.0
+                tables.change_sq[step] = tables.delta_sq_growth[step] = 0.0
+                tables.nonfinite_at[step] = -1
+                return number, UNREADABLE
+            crc = checksum.extend(crc, raw)
+            positions = buffers.positions[found:]
+            count = find_changes(
+                state[first:stop],
+                after[: stop - first],
+                positions,
+                buffers.zigzags[found:],
+            )
+            if count == 0:
+                continue
+            change_sq, growth, nonfinite_at = take_changes(
+                base,
+                state,
+                after,
+                first,
+                positions,
+                count,
+                format_number,
+                buffers.values,
+            )
+            tables.change_sq[step] += change_sq
+            tables.delta_sq_growth[step] += growth
+            if tables.nonfinite_at[step] < 0:
+                tables.nonfinite_at[step] = nonfinite_at
+            if tables.sketch.shape[1] > 0:
+                add_to_sketch(
+                    positions, buffers.values, count, first_element, key, tables.sketch[step]
+                )
+            found += count
+        tables.source_crc[step] = crc
+        tables.changed[step] = found
+        if found > 0:
+            frame = buffers.frames[used:]
+            size = put_frame(
+                (first_row + number) % STEP_GROUP,
+                buffers.positions,
+                buffers.zigzags,
+                found,
+                state.size,
+                buffers.streams,
+                buffers.handles,
+                frame,
+            )
+            tables.frame_bytes[step] = size
+            tables.frame_crc[step] = crc_of_frame(frame)
+            used += size
+    return descriptors.size, DONE

@@ -1,0 +1,127 @@
+"""One block through its stored changes in one compiled call: to statistics, or to output.
+
+The counterpart of `scan` for reading. The block is taken in tiles of columns, so that its state and
+what is summed per column stay in the processor's cache: over the whole block at once the same sums
+take six times as long. For blocks whose changes are all at hand; see `blocks.BlockChanges`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relex_stream.kernels import kernel
+from relex_stream.sketch import contract, project, split_rows
+from relex_stream.ulp import Bits, add_rounded_kernel, advance_rows
+
+TILE_COLUMNS = 1 << 15
+"""Columns of a tile."""
+
+
+class BlockRows(NamedTuple):
+    """All changes of a block, before they are made.
+
+    Attributes
+    ----------
+    state : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns at the base, in the checkpoints' dtype; at the last row after a sweep.
+    format_number : int
+        `FloatFormat.number` of these patterns.
+    rows, starts, ends : ndarray of int64, shape (n,)
+        Row ``rows[i]`` of D has entries ``starts[i]:ends[i]``.
+    positions, zigzags : ndarray
+        As in `codec.Changes`.
+    values : ndarray of float64
+        Room for the changes in weight units.
+    """
+
+    state: Bits
+    format_number: int
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    positions: NDArray[np.uint32]
+    zigzags: Bits
+    values: NDArray[np.float64]
+
+
+@kernel
+def _measure_tile(block, cursors, cuts, stop):  # type: ignore[no-untyped-def]
+    """Make the changes from `cursors` to column `stop`, and write where they end to `cuts`."""
+    split_rows(block.positions, cursors, block.ends, np.uint32(stop), cuts)
+    advance_rows(
+        block.state,
+        cursors,
+        cuts,
+        block.positions,
+        block.zigzags,
+        block.format_number,
+        block.values,
+    )
+
+
+@kernel
+def sweep_products(block, coefficients, projected, out):  # type: ignore[no-untyped-def]
+    """Add ``D (D^T C)`` to `out`.
+
+    Parameters
+    ----------
+    block : BlockRows
+    coefficients : ndarray of float64, shape (T, k)
+    projected : ndarray of float32, shape (columns, k)
+        Room for a tile of ``D^T C``.
+    out : ndarray of float64, shape (T, k)
+        Summed into.
+    """
+    cursors, cuts = block.starts.copy(), np.empty_like(block.starts)
+    for first in range(0, block.state.size, projected.shape[0]):
+        stop = min(block.state.size, first + projected.shape[0])
+        _measure_tile(block, cursors, cuts, stop)
+        tile = projected[: stop - first]
+        tile[:] = 0.0
+        rows = (block.rows, cursors, cuts, block.positions, block.values, first)
+        project(*rows, coefficients, tile)
+        contract(*rows, tile, out)
+        cursors[:] = cuts
+
+
+@kernel
+def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore[no-untyped-def]
+    """Write ``base + D^T W``, rounded once, for each column of W.
+
+    Parameters
+    ----------
+    block : BlockRows
+    weights : ndarray of float64, shape (T, outputs)
+        W.
+    base : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns in the base's own dtype.
+    base_format : tuple of int
+        Number, mantissa bits and bias of that dtype's `FloatFormat`.
+    sums : ndarray of float64, shape (columns, outputs)
+        Room for a tile.
+    out : ndarray, dtype of `base`, shape (outputs, >= b)
+        Out.
+
+    Returns
+    -------
+    int
+        How many results overflowed.
+    """
+    number, mantissa, bias = base_format
+    overflowed = 0
+    cursors, cuts = block.starts.copy(), np.empty_like(block.starts)
+    for first in range(0, base.size, sums.shape[0]):
+        stop = min(base.size, first + sums.shape[0])
+        _measure_tile(block, cursors, cuts, stop)
+        tile = sums[: stop - first]
+        tile[:] = 0.0
+        project(block.rows, cursors, cuts, block.positions, block.values, first, weights, tile)
+        for output in range(weights.shape[1]):
+            overflowed += add_rounded_kernel(
+                base[first:stop], tile[:, output], number, mantissa, bias, out[output, first:stop]
+            )
+        cursors[:] = cuts
+    return overflowed
