@@ -1,29 +1,54 @@
-"""Pictures for the documentation, from stores.
+"""The ``pictures`` command: figures for the documentation, from a report's JSON or from a store.
 
-Run it as ``python -m benchmarks.pictures STORE OUT.png``: what the checkpoints took on the disk and
-what the store takes, step by step.
+To draw one more report, write a function that takes the `Report` and returns a `Figure`, and enter
+it in `DRAWINGS` under the command that makes the report.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 
 import relex_stream as rs
+from benchmarks.processes import BenchmarkError
+from benchmarks.report import Report
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+except ImportError as error:
+    raise BenchmarkError("pictures need matplotlib: pip install matplotlib") from error
+
+BLUE = "#2a6f8f"
+RED = "#b04a3a"
+OCHRE = "#c58b2a"
+GREY = "#7a7a7a"
+GREEN = "#5b8c5a"
+
+MIB = 2**20
 
 
-@click.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-def main(store: Path, out: Path) -> None:
-    """Draw the bytes of checkpoints and of STORE against the number of checkpoints."""
+def new_figure(
+    columns: int = 1, *, rows: int = 1, height: float = 3.6, width: float = 7
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure as wide as a page of documentation, with plain axes, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    for one in axes:
+        one.grid(visible=True, which="major", alpha=0.3)
+        for side in ("top", "right"):
+            one.spines[side].set_visible(False)
+    return figure, axes
+
+
+def draw_store(store: Path) -> Figure:
+    """Draw the bytes of checkpoints and of a store against the number of checkpoints."""
     info = rs.info(store)
     count = np.arange(1, len(info.steps) + 1)
     checkpoints = np.cumsum([step.source_bytes for step in info.steps]) / 2**20
@@ -31,10 +56,10 @@ def main(store: Path, out: Path) -> None:
     # What no step alone accounts for: array metadata, side files, the manifest.
     common = info.store_bytes - info.base_bytes_stored - sum(per_step)
     stored = (common + np.cumsum(per_step)) / 2**20
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    axes.plot(count, checkpoints, color="#b04a3a", label="checkpoints")
-    axes.plot(count, stored, color="#2a6f8f", label="delta store")
-    for values, color in ((checkpoints, "#b04a3a"), (stored, "#2a6f8f")):
+    figure, [axes] = new_figure()
+    axes.plot(count, checkpoints, color=RED, label="checkpoints")
+    axes.plot(count, stored, color=BLUE, label="delta store")
+    for values, color in ((checkpoints, RED), (stored, BLUE)):
         axes.annotate(
             f"{values[-1]:,.0f} MiB" if values[-1] >= 100 else f"{values[-1]:.1f} MiB",
             (count[-1], values[-1]),
@@ -44,20 +69,392 @@ def main(store: Path, out: Path) -> None:
             color=color,
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xlabel("checkpoints kept")
     axes.set_ylabel("MiB on disk")
+    dtypes = " and ".join(dtype.lower() for dtype in info.dtypes)
     axes.set_title(
-        f"{info.weights / 1e6:.1f} M bf16 weights: {checkpoints[-1] / stored[-1]:.0f} times "
+        f"{info.weights / 1e6:.1f} M {dtypes} weights: {checkpoints[-1] / stored[-1]:.0f} times "
         "smaller, every step bit for bit",
         fontsize=11,
     )
-    axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    return figure
+
+
+def draw_codec(report: Report) -> Figure:
+    """Draw size and speed against the share of changed weights, a row per dtype."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in report.rows))
+    names = list(dict.fromkeys(row["codec"] for row in report.rows))
+    styles = dict(zip(names, map(_codec_style, names), strict=True))
+    columns = (
+        ("bits per changed weight", "bits per changed weight"),
+        ("encode GB/s", "encode, GB/s of checkpoint"),
+        ("decode GB/s", "decode, GB/s of checkpoint"),
+    )
+    figure, axes = new_figure(3, rows=len(dtypes), height=1 + 2.6 * len(dtypes), width=9)
+    for place, (dtype, (column, label)) in enumerate(itertools.product(dtypes, columns)):
+        one = axes[place]
+        for name in names:
+            points = [
+                (100 * row["changed_share"], row[column])
+                for row in report.rows
+                if (row["dtype"], row["codec"]) == (dtype, name) and row.get(column)
+            ]
+            # Bits of a mere copy say nothing and would squeeze the others.
+            if points and not (name.startswith("copy") and column == columns[0][0]):
+                one.plot(*zip(*points, strict=True), label=name, **styles[name])
+        one.set_xscale("log")
+        one.set_yscale("log")
+        _plain_ticks(one)
+        one.set_xlabel("weights changed, %")
+        one.set_ylabel(label)
+        one.set_title(dtype, fontsize=10)
+    found: dict[str, Any] = {}
+    for one in axes:
+        handles, labels = one.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    ordered = [name for name in names if name in found]
+    figure.legend(
+        [found[name] for name in ordered],
+        ordered,
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
+    return figure
+
+
+def _codec_style(name: str) -> dict[str, Any]:
+    family = {"relex": BLUE, "zstd": RED, "blosc": OCHRE, "zipnn": GREEN}
+    color = next((family[start] for start in family if name.startswith(start)), GREY)
+    line = "-"
+    if color == GREY:
+        line = "--" if name.startswith("copy") else ":"
+    elif "difference" in name:
+        line = "-."
+    elif "bitshuffle" in name or "split" in name:
+        line = "--"
+    elif "file" in name:
+        line = ":"
+    return {
+        "color": color,
+        "linestyle": line,
+        "linewidth": 2.2 if color == BLUE else 1.2,
+        "marker": "o" if color == BLUE else None,
+        "markersize": 3,
+    }
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Write 0.1, 1, 10 instead of powers; 2 and 5 too where there is room."""
+    for axis in (axes.xaxis, axes.yaxis):
+        least, most = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 50 * least else (1,)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+_COMMAND_COLORS = {
+    "build-store": BLUE,
+    "extrapolate": RED,
+    "extrapolate --svd exact": OCHRE,
+    "export": GREEN,
+    "verify": GREY,
+}
+
+
+def draw_memory(report: Report) -> Figure:
+    """Draw measured peaks (lines) and projections (dashed), and memory over time."""
+    if any(row["part"].startswith("own") for row in report.rows):
+        return _draw_own_memory(report)
+    figure, axes = new_figure(2, rows=2, height=6.4, width=9)
+    for one, part, column, label, scale in (
+        (axes[0], "size", "weights", "weights, millions", 1e6),
+        (axes[1], "checkpoints", "checkpoints", "checkpoints", 1),
+        (axes[2], "limit", "limit_bytes", "--memory-limit, MiB", MIB),
+    ):
+        rows = [row for row in report.rows if row["part"] == part]
+        for name, color in _COMMAND_COLORS.items():
+            for figures, style in (("peak_rss_bytes", "o-"), ("projected_bytes", "--")):
+                points = sorted(
+                    (row[column] / scale, row[figures] / MIB)
+                    for row in rows
+                    if row["command"] == name and row.get(figures) and row.get(column)
+                )
+                if points:
+                    one.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=color,
+                        markersize=3,
+                        label=name if style == "o-" else None,
+                    )
+        if part == "size":
+            one.set_xscale("log")
+            sizes = sorted({row["weights"] / scale for row in rows if row["weights"]})
+            one.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+            one.xaxis.set_minor_locator(NullLocator())
+        if part == "limit" and rows:
+            limits = sorted({row["limit_bytes"] / MIB for row in rows if row.get("limit_bytes")})
+            one.plot(limits, limits, color="black", linewidth=0.8)
+            one.text(limits[-1], limits[-1], "the limit ", fontsize=8, ha="right")
+        one.set_xlabel(label)
+        one.set_ylabel("peak memory, MiB")
+        one.set_ylim(bottom=0)
+    _draw_over_time(axes[3], [row for row in report.rows if row["part"] == "size"])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.suptitle("measured: solid; projected by the command: dashed", fontsize=10)
+    return figure
+
+
+def _draw_own_memory(report: Report) -> Figure:
+    figure, [bars, curve] = new_figure(2, height=4, width=9)
+    rows = [row for row in report.rows if row["part"] == "own" and row.get("peak_rss_bytes")]
+    place = np.arange(len(rows))
+    for figures, shift, color, label in (
+        ("projected_bytes", -0.2, GREY, "projected"),
+        ("peak_rss_bytes", 0.2, BLUE, "measured"),
+    ):
+        sizes = [(row.get(figures) or 0) / MIB for row in rows]
+        bars.barh(place + shift, sizes, 0.4, color=color, label=label)
+    bars.set_yticks(place, [row["command"] for row in rows], fontsize=8)
+    bars.invert_yaxis()
+    bars.set_xlabel("peak memory, MiB")
+    bars.legend(frameon=False, fontsize=8)
+    _draw_over_time(curve, rows)
+    curve.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_over_time(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the resident memory of the build and the extrapolation of the largest model."""
+    largest = max((row["weights"] or 0 for row in rows), default=0)
+    for row in rows:
+        if row["weights"] == largest and row["command"] in ("build-store", "extrapolate"):
+            seconds, sizes = zip(*row.get("samples") or [(0, 0)], strict=True)
+            color = _COMMAND_COLORS[row["command"]]
+            axes.plot(seconds, np.array(sizes) / MIB, color=color, label=row["command"])
+            if row.get("projected_bytes"):
+                axes.axhline(row["projected_bytes"] / MIB, color=color, linestyle="--", linewidth=1)
+    axes.set_xlabel("seconds since the start")
+    axes.set_ylabel("resident memory, MiB")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{largest / 1e6:,.0f} M weights", fontsize=9)
+
+
+def draw_scale(report: Report) -> Figure:
+    """Draw cost against checkpoints, weights and workers, and predictions beside measurements."""
+    figure, axes = new_figure(2, rows=2, height=6.4, width=9)
+    commands = ("build-store", "extrapolate")
+    for one, part, column, label, scale in (
+        (axes[0], "checkpoints", "checkpoints", "checkpoints", 1),
+        (axes[1], "size", "weights", "weights, millions", 1e6),
+    ):
+        for name in commands:
+            points = sorted(
+                (row[column] / scale, row["in_process_s"])
+                for row in report.rows
+                if row["part"] == part and row["command"] == name
+            )
+            _draw_line(one, points, name)
+        one.set_xlabel(label)
+        one.set_ylabel("one worker, in process, s")
+        one.set_xlim(left=0)
+        one.set_ylim(bottom=0)
+        one.legend(frameon=False, fontsize=8)
+    _draw_workers(axes[2], report, commands)
+    _draw_predictions(axes[3], report, commands)
+    return figure
+
+
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], name: str) -> None:
+    if not points:
+        return
+    x, y = map(np.array, zip(*points, strict=True))
+    color = _COMMAND_COLORS[name]
+    axes.plot(x, y, "o", color=color, markersize=4, label=name)
+    if len(set(x.tolist())) > 1:
+        ends = np.array([0, x.max()])
+        axes.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color=color, linewidth=1)
+
+
+def _draw_workers(axes: Axes, report: Report, commands: Sequence[str]) -> None:
+    for name in commands:
+        rows = [row for row in report.rows if row["command"] == name]
+        most = max(row["checkpoints"] for row in rows if row["part"] == "checkpoints")
+        points = sorted(
+            (row["workers"], row["in_process_s"])
+            for row in rows
+            if row["part"] in ("checkpoints", "workers") and row["checkpoints"] == most
+        )
+        workers, seconds = map(np.array, zip(*points, strict=True))
+        axes.plot(
+            workers,
+            seconds[0] / seconds,
+            "o-",
+            color=_COMMAND_COLORS[name],
+            markersize=4,
+            label=name,
+        )
+    counts = sorted({row["workers"] for row in report.rows if row["part"] == "workers"} | {1})
+    axes.plot(counts, counts, color="black", linewidth=0.8, label="as many times as workers")
+    axes.set_xticks(counts)
+    axes.set_xlabel("workers")
+    axes.set_ylabel("times as fast as one, in process")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_predictions(axes: Axes, report: Report, commands: Sequence[str]) -> None:
+    rows = [row for row in report.rows if row.get("predicted_s") and row.get("wall_s")]
+    for name in commands:
+        for check in (False, True):
+            points = [
+                (row["wall_s"], row["predicted_s"])
+                for row in rows
+                if row["command"] == name and (row["part"] == "check") == check
+            ]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "*" if check else "o",
+                    color=_COMMAND_COLORS[name],
+                    markersize=12 if check else 3,
+                    label=f"{name}, largest run" if check else f"{name}, fitted to",
+                )
+    limits = [0.8 * min(row["wall_s"] for row in rows), 1.25 * max(row["wall_s"] for row in rows)]
+    axes.plot(limits, limits, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain_ticks(axes)
+    axes.set_xlabel("measured, whole process, s")
+    axes.set_ylabel("predicted, s")
+    axes.legend(frameon=False, fontsize=8)
+
+
+_PEER_COLORS = {"relex-stream": BLUE, "authors": RED, "two plain": OCHRE, "mergekit": GREEN}
+
+
+def draw_peers(report: Report) -> Figure:
+    """Draw time and memory of whole processes as bars, and the time without start-up as marks."""
+    rows = [row for row in report.rows if row["part"] == "whole process"]
+    places: list[float] = []
+    for row, before in zip(rows, [None, *rows], strict=False):
+        gap = 0.9 if before is not None and before["job"] != row["job"] else 0
+        places.append(places[-1] + 1 + gap if places else 0.0)
+    figure, [times, memory] = new_figure(2, height=1.2 + 0.27 * len(rows), width=9)
+    colors = [_peer_color(row["program"]) for row in rows]
+    for axes, figures, label, scale in (
+        (times, "wall_s", "seconds", 1),
+        (memory, "peak_rss_bytes", "peak memory, MiB", MIB),
+    ):
+        values = [row[figures] / scale for row in rows]
+        axes.barh(places, values, 0.8, color=colors)
+        axes.set_xscale("log")
+        axes.set_xlim(right=2.5 * max(values))
+        for place, value in zip(places, values, strict=True):
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            axes.annotate(
+                text, (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7
+            )
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        axes.set_yticks([])
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    inner = {
+        (row["job"], row["program"], row["variant"]): row["wall_s"]
+        for row in report.rows
+        if row["part"] == "in process"
+    }
+    marks = [
+        (inner[key], place)
+        for row, place in zip(rows, places, strict=True)
+        if (key := (row["job"], row["program"], row["variant"])) in inner
+    ]
+    if marks:
+        seconds, heights = zip(*marks, strict=True)
+        times.plot(
+            seconds,
+            heights,
+            "|",
+            color="black",
+            markersize=9,
+            markeredgewidth=1.5,
+            label="without imports and start-up",
+        )
+        times.set_xlim(left=0.6 * min(seconds))
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    times.set_yticks(places, [_peer_label(row) for row in rows], fontsize=8)
+    for job in dict.fromkeys(row["job"] for row in rows):
+        first = next(place for row, place in zip(rows, places, strict=True) if row["job"] == job)
+        times.annotate(
+            job,
+            (0, first - 0.7),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            fontsize=8,
+            fontweight="bold",
+        )
+    weights = report.settings["weights"] / 1e6
+    state = "cold" if report.settings["cold"] else "warm"
+    figure.suptitle(
+        f"{weights:,.1f} M weights, {report.settings['steps']} checkpoints, page cache {state}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _peer_color(program: str) -> str:
+    return next((color for name, color in _PEER_COLORS.items() if program.startswith(name)), GREY)
+
+
+def _peer_label(row: Mapping[str, Any]) -> str:
+    if row["program"] == "limit":
+        return f"limit: {row['variant']}"
+    return ", ".join(word for word in (row["program"], row["variant"]) if word)
+
+
+DRAWINGS: dict[str, Callable[[Report], Figure]] = {
+    "codec": draw_codec,
+    "memory": draw_memory,
+    "peers": draw_peers,
+    "scale": draw_scale,
+}
+"""By the command that makes a report, how it is drawn."""
+
+
+def draw_report(path: Path) -> Figure:
+    """Draw a report by the command that made it.
+
+    Raises
+    ------
+    BenchmarkError
+        If the file is no report, or there is no drawing for its command.
+    """
+    try:
+        report = Report.read(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(
+            f"{path}: not a report that a benchmark wrote with --json ({error})"
+        ) from error
+    if report.command not in DRAWINGS:
+        raise BenchmarkError(
+            f"{path}: a report of `{report.command}`; there are drawings for {', '.join(DRAWINGS)}"
+        )
+    return DRAWINGS[report.command](report)
+
+
+@click.command("pictures")
+@click.option("--store", is_flag=True, help="SOURCE is a store: draw what it takes on the disk.")
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+def command(source: Path, out: Path, *, store: bool) -> None:
+    """Draw SOURCE, a report's JSON file, into OUT (.png, .svg)."""
+    figure = draw_store(source) if store else draw_report(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
-
-
-if __name__ == "__main__":
-    main()

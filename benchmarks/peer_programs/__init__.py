@@ -1,0 +1,1 @@
+"""What `peers` sets relex-stream beside, each run as a process of its own."""
