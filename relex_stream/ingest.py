@@ -28,7 +28,7 @@ from relex_stream.scan import (
     scan_tables,
 )
 from relex_stream.sketch import pack_sketch, sketch_key
-from relex_stream.sources import CheckpointReader, read_ahead
+from relex_stream.sources import CheckpointReader
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store, arrays
 from relex_stream.store.records import StoredTensor
@@ -39,11 +39,6 @@ _MOST_FILES = 64
 """Steps that one call of the kernel takes: as many files it holds open."""
 
 _MOST_ATTEMPTS = 3
-
-_AHEAD_BYTES = 32 << 20
-"""Bytes of a tensor that a worker asks the system to read ahead, over all steps."""
-
-_AHEAD_FROM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -234,7 +229,6 @@ class Ingest:
             ]
             with self._reader.borrow([path for path, _ in places]) as descriptors:
                 offsets = [offset for _, offset in places]
-                self._read_ahead(at, descriptors, offsets)
                 taken, reason = scan_steps(
                     np.array(descriptors, np.int32),
                     np.array(offsets, np.int64),
@@ -261,21 +255,6 @@ class Ingest:
         if not self._allow_nonfinite and (tables.nonfinite_at >= 0).any():
             raise self._nonfinite_error(at, tables.nonfinite_at)
         return BlockStatistics.of_block(tables, base_crc, base_frame_bytes, sketched=sketched)
-
-    @staticmethod
-    def _read_ahead(at: BlockOf, descriptors: list[int], offsets: list[int]) -> None:
-        """Have the block's bytes of all these steps come while the first of them is worked on.
-
-        Of few steps, the blocks behind it too. The system's own reading ahead does for tensors
-        smaller than what is asked for.
-        """
-        here = at.elements * at.format.itemsize
-        if here < _AHEAD_FROM_BYTES:
-            return
-        rest = (at.tensor.elements - at.start) * at.format.itemsize
-        wanted = min(rest, max(here, _AHEAD_BYTES // len(descriptors)))
-        for descriptor, offset in zip(descriptors, offsets, strict=True):
-            read_ahead(descriptor, offset, wanted)
 
     def _scan_buffers(self, at: BlockOf) -> ScanBuffers:
         codec, changes = frame_tools(self._workspace, at.tensor.block_elements, at.format.itemsize)

@@ -6,7 +6,7 @@ which bytes of which file are which tensor, and `CheckpointReader` fetches them.
 
 from .checkpoint import open_checkpoint
 from .layout import FoundCheckpoints, StepSelection, find_checkpoints, parse_steps
-from .reader import CheckpointReader, read_ahead
+from .reader import CheckpointReader
 
 __all__ = [
     "CheckpointReader",
@@ -15,5 +15,4 @@ __all__ = [
     "find_checkpoints",
     "open_checkpoint",
     "parse_steps",
-    "read_ahead",
 ]

@@ -238,20 +238,6 @@ class CheckpointReader:
         os.close(self._files.pop(idle).descriptor)
 
 
-def read_ahead(descriptor: int, offset: int, size: int) -> None:
-    """Ask the system to bring bytes of a file into its cache; do not wait for them.
-
-    Does nothing where the last of them is there already: asking costs more than looking.
-    """
-    try:
-        if os.preadv(descriptor, [bytearray(1)], offset + size - 1, os.RWF_NOWAIT):
-            return
-    except (OSError, AttributeError):  # not there, or a system that cannot say
-        pass
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
-
 def _default_max_open() -> int:
     try:
         import resource

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from relex_stream.errors import SourceError
-from relex_stream.sources import CheckpointReader, read_ahead
+from relex_stream.sources import CheckpointReader
 from relex_stream.sources import reader as reader_module
 
 
@@ -417,23 +417,6 @@ def test_closing_sends_those_away_who_wait_and_waits_for_those_who_have(files):
         assert os.pread(descriptor, 8, 0) == files[a][:8]
     assert finished(closing)
     assert errors == ["the reader is closed"]
-
-
-def test_reading_ahead_asks_for_what_is_not_in_memory(one, monkeypatch):
-    path, data = one
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]))
-
-    def absent(*_):
-        raise BlockingIOError
-
-    with CheckpointReader() as reader, reader.borrow([path]) as (descriptor,):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", absent)
-            read_ahead(descriptor, 10, 500)
-        assert asked == [(10, 500)]
-        read_ahead(descriptor, len(data), 500)  # behind the end: nothing to say, no error
-        reader.read(path, 0, np.zeros(len(data), dtype=np.uint8))
 
 
 def test_misuse(one):
