@@ -7,13 +7,15 @@ planner asks what the process holds, and no worker waits for another's compilati
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from relex_stream import checksum
-from relex_stream.codec import Changes, FrameCodec
+from relex_stream.codec import Changes, FrameCodec, take_frames
 from relex_stream.scan import scan_buffers, scan_steps, scan_tables
 from relex_stream.sketch import (
     SKETCH_WIDTH,
@@ -42,11 +44,9 @@ FIRST_RUN = "compile kernels (once per installation)"
 
 
 @contextmanager
-def _announced(progress: Progress) -> Iterator[None]:
-    """Tell of the compilation if there will be one: a kernel of the cheapest shows it."""
-    checksum.extend(np.uint32(0), np.zeros(1, np.uint8))
-    stats = checksum.extend.stats  # type: ignore[attr-defined]
-    if stats.cache_path is not None and not stats.cache_misses:
+def _announced(progress: Progress, largest: Any) -> Iterator[None]:
+    """Tell of the compilation if there will be one: if the largest kernel is not in the cache."""
+    if _is_compiled(largest):
         yield
         return
     progress.start(FIRST_RUN, 0)
@@ -54,21 +54,29 @@ def _announced(progress: Progress) -> Iterator[None]:
     progress.finish()
 
 
+def _is_compiled(function: Any) -> bool:
+    if function.signatures:
+        return True
+    directory = function.stats.cache_path
+    name = glob.escape(function.py_func.__qualname__)
+    return directory is not None and any(Path(directory).glob(f"*.{name}-*.nbi"))
+
+
 def warm_up_encoding(tensors: Iterable[StoredTensor], progress: Progress) -> None:
     """Prepare what a build of these tensors runs."""
-    with _announced(progress):
+    with _announced(progress, scan_steps):
         _warm_up_encoding(tensors)
 
 
 def warm_up_decoding(tensors: Iterable[StoredTensor], progress: Progress) -> None:
     """Prepare what an export, a verification or an opened store runs."""
-    with _announced(progress):
+    with _announced(progress, take_frames):
         _warm_up_decoding(tensors)
 
 
 def warm_up_extrapolation(tensors: Iterable[StoredTensor], progress: Progress) -> None:
     """Prepare what an extrapolation runs."""
-    with _announced(progress):
+    with _announced(progress, sweep_products):
         _warm_up_extrapolation(tensors)
 
 

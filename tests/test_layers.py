@@ -84,7 +84,7 @@ ROOMS = {
         {"pages", "ulp", "codec", "sketch", "sweep", "planner", "sources", "store"},
         {"numpy"} | CHECKSUM,
     ),
-    "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
+    "warmup": Room({"ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
