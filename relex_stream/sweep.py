@@ -2,7 +2,7 @@
 
 The counterpart of `scan` for reading. The block is taken in tiles of columns, so that its state and
 what is summed per column stay in the processor's cache: over the whole block at once the same sums
-take six times as long. For blocks whose changes are all at hand; see `blocks.BlockChanges`.
+take several times as long. For blocks whose changes are all at hand; see `blocks.BlockChanges`.
 """
 
 from __future__ import annotations
