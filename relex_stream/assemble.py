@@ -103,9 +103,12 @@ class Assembly:
             for name, places in self._destinations.items()
         )
 
-    def needs(self, tensor: StoredTensor) -> bool:
-        """Say whether any file holds this tensor."""
-        return tensor.name in self._destinations
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        """Tensors that the files hold, as they lie there: the order to write them in."""
+        first = {name: places[0] for name, places in self._destinations.items()}
+        names = sorted(first, key=lambda name: (first[name].path, first[name].offset))
+        return [self._store.tensors[name] for name in names]
 
     def offset_of(self, tensor: StoredTensor, start: int) -> int:
         """Return the file offset of a tensor's element `start` in the first file that holds it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -187,6 +187,13 @@ class BaseWeights:
     def holds(self, name: str) -> bool:
         """Say whether the base's directory has a tensor of this name."""
         return self._places is not None and name in self._places
+
+    def in_file_order(self, tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+        """Return tensors in the order of their bytes in the base's files: the order to work in."""
+        if self._places is None:
+            return sorted(tensors, key=lambda tensor: tensor.index)
+        places = self._places
+        return sorted(tensors, key=lambda t: (places[t.name].path, places[t.name].offset))
 
     def read_raw_crc(self, name: str, at: BlockOf, workspace: Workspace) -> int:
         """Return the CRC-32C of the block's range in another tensor of the same shape and dtype."""

@@ -119,8 +119,7 @@ def export_step(
                     [BlockOf(tensor, block) for block in range(tensor.blocks)],
                     lambda at: at.elements * at.tensor.itemsize,
                 )
-                for tensor in store.manifest.tensors
-                if assembly.needs(tensor)
+                for tensor in assembly.tensors
             ),
             work.run,
             lambda _: None,

@@ -285,8 +285,7 @@ def _write_blocks(
     overflowed: dict[Hashable, int] = run_groups(
         grouped(
             (tensor.index, [BlockOf(tensor, block) for block in range(tensor.blocks)], worked_on)
-            for tensor in store.manifest.tensors
-            if assemblies[0].needs(tensor)
+            for tensor in assemblies[0].tensors
         ),
         work.run,
         _total,

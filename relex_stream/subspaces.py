@@ -217,7 +217,7 @@ def solve_subspaces(
                     changed_blocks(store, tensor, options.rows),
                     lambda at: block_work(store, at, options.rows),
                 )
-                for tensor in sorted(tensors, key=lambda tensor: tensor.index)
+                for tensor in base.in_file_order(tensors)
             ),
             _BlockSums(store, base, options, entry_capacity, bases).run,
             _added,

@@ -160,6 +160,31 @@ def test_evicted_files_are_read_from_the_disk_again(tmp_path):
 
 
 @needs_fadvise
+def test_much_that_is_evicted_is_replaced_by_other_pages(tmp_path, monkeypatch):
+    import psutil
+
+    from benchmarks import processes
+
+    (tmp_path / "one").write_bytes(bytes(4 * MIB))
+    monkeypatch.setattr(processes, "_WORTH_FILLING_BYTES", 4 * MIB)
+    monkeypatch.setattr(processes, "_LEFT_FREE_BYTES", psutil.virtual_memory().free - 64 * MIB)
+    processes._zeros.cache_clear()
+    read = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *call: read.append(call[2]) or preadv(*call))
+    try:
+        evict([tmp_path])
+    except BenchmarkError:
+        pytest.skip("the temporary directory lies in memory")
+    zeros = processes._zeros().file
+    # Free memory moves while other programs run.
+    assert len(read) == len(set(read)) > 0
+    assert os.fstat(zeros.fileno()).st_blocks == 0
+    zeros.close()
+    processes._zeros.cache_clear()
+
+
+@needs_fadvise
 def test_a_file_that_stays_in_the_cache_is_told(tmp_path):
     import mmap
 

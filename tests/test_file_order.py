@@ -1,0 +1,118 @@
+"""Every stage goes through files from front to back: what the system reads ahead is wanted next."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import relex_stream as rs
+from relex_stream import build
+from relex_stream.ingest import Ingest
+from relex_stream.sources import CheckpointReader
+from relex_stream.writer import OutputDirectory
+from tests.make_checkpoints import Trajectory, make_trajectory
+
+Places = list[tuple[str, int]]
+
+# Dealt out to shards in turn, so that neither names nor sizes are in the order of the files.
+SHAPES = {"m.weight": (40, 31), "z.weight": (50, 20), "b.weight": (70, 9), "k.bias": (7,)} | {
+    f"{letter}.weight": (30, 11) for letter in "qcyfa"
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Trajectory:
+    return make_trajectory(
+        tmp_path, tensors=SHAPES, change_share=0.2, base_shards=3, checkpoint_shards=2
+    )
+
+
+def build_store(run: Trajectory, store: Path) -> None:
+    build.build(
+        run.base,
+        run.checkpoints,
+        store,
+        pattern=None,
+        steps=None,
+        memory_limit=None,
+        workers=1,
+        include_base=False,
+        allow_nonfinite=False,
+        seed=0,
+        progress=None,
+        block_bytes=400,
+        sketch_min_elements=100,
+    )
+
+
+def assert_ascending(places: Places, least: int) -> None:
+    assert len(places) >= least
+    # The whole list is one pass: no file is left and taken up again.
+    assert all(before < after for before, after in pairwise(places))
+
+
+def test_a_build_reads_checkpoints_from_front_to_back(
+    run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: Places = []
+    place_of = Ingest._place
+
+    def spy(self, at, index, tensor):  # type: ignore[no-untyped-def]
+        place = place_of(self, at, index, tensor)
+        if index == 0:
+            places.append(place)
+        return place
+
+    monkeypatch.setattr(Ingest, "_place", spy)
+    build_store(run, tmp_path / "store")
+    assert_ascending(places, 20)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_extrapolation_reads_and_writes_from_front_to_back(
+    run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    build_store(run, tmp_path / "store")
+    reads: Places = []
+    read = CheckpointReader.read
+
+    def spy_read(self, path, offset, buffer):  # type: ignore[no-untyped-def]
+        reads.append((path, offset))
+        return read(self, path, offset, buffer)
+
+    monkeypatch.setattr(CheckpointReader, "read", spy_read)
+    writes = _spy_on_writes(monkeypatch)
+    rs.extrapolate(
+        tmp_path / "store", tmp_path / "out", target_steps=[9], power_iterations=passes, workers=1
+    )
+    assert_ascending(writes, 20)
+    # One pass over the base for each power iteration, one to write.
+    starts = [at for at in range(len(reads)) if at == 0 or reads[at] < reads[at - 1]]
+    assert len(starts) == passes + 1
+    for start, stop in pairwise([*starts, len(reads)]):
+        assert_ascending(reads[start:stop], 20)
+
+
+def test_export_writes_from_front_to_back(
+    run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_store(run, tmp_path / "store")
+    writes = _spy_on_writes(monkeypatch)
+    rs.export(tmp_path / "store", tmp_path / "out", step=run.steps[-1], workers=1)
+    assert_ascending(writes, 20)
+
+
+def _spy_on_writes(monkeypatch: pytest.MonkeyPatch) -> Places:
+    """Return the places of blocks, in the order written; headers are written before all blocks."""
+    writes: Places = []
+    write = OutputDirectory.write
+
+    def spy(self, relative_path, offset, data):  # type: ignore[no-untyped-def]
+        if offset > 0:
+            writes.append((relative_path, offset))
+        return write(self, relative_path, offset, data)
+
+    monkeypatch.setattr(OutputDirectory, "write", spy)
+    return writes
