@@ -113,9 +113,8 @@ class BlockWrite:
         sums = workspace.array("sums", (columns, outputs), np.float64)
         fmt = at.base_format
         if changes.fits:
-            numbers = (fmt.number, fmt.mantissa, fmt.bias)
             block = changes.at_hand()
-            overflowed = int(sweep_outputs(block, weights, base_bits, numbers, sums, rounded))
+            overflowed = int(sweep_outputs(block, weights, base_bits, fmt.number, sums, rounded))
         else:
             sums[:] = 0
             for batch in changes.batches():

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
+from relex_stream.intrinsics import trailing_zeros
 from relex_stream.kernels import kernel
 from relex_stream.sketch import contract, project, split_rows
-from relex_stream.ulp import Bits, add_rounded_kernel, advance_rows
+from relex_stream.ulp import BF16, F16, F32, Bits, advance_rows, finite_one, rounded_sum_one
 
 TILE_COLUMNS = 1 << 15
 """Columns of a tile."""
@@ -87,6 +89,37 @@ def sweep_products(block, coefficients, projected, out):  # type: ignore[no-unty
         cursors[:] = cuts
 
 
+@njit(inline="always")
+def _mark(positions, cursors, cuts, first, touched):  # type: ignore[no-untyped-def]
+    """Set the bits of all columns of a tile that have an entry."""
+    for row in range(cursors.size):
+        for i in range(cursors[row], cuts[row]):
+            column = np.uint64(positions[i] - np.uint32(first))
+            touched[column >> np.uint64(6)] |= np.uint64(1) << (column & np.uint64(63))
+
+
+@njit(inline="always")
+def _round_touched(base, first, format_number, touched, sums, out):  # type: ignore[no-untyped-def]
+    """Write the marked columns of a tile, and leave its marks and sums at zero."""
+    overflowed = 0
+    for word in range(touched.size):
+        marks = touched[word]
+        touched[word] = 0
+        while marks != np.uint64(0):
+            column = 64 * word + np.int64(trailing_zeros(marks))
+            marks &= marks - np.uint64(1)
+            before = base[first + column]
+            for output in range(sums.shape[1]):
+                total = sums[column, output]
+                sums[column, output] = 0.0
+                # What adds up to nothing keeps its exact bits (a negative zero, a NaN's payload).
+                if total != 0.0:
+                    after = rounded_sum_one(before, total, format_number)
+                    overflowed += not finite_one(after, format_number)
+                    out[output, first + column] = after
+    return overflowed
+
+
 @kernel
 def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore[no-untyped-def]
     """Write ``base + D^T W``, rounded once, for each column of W.
@@ -98,8 +131,8 @@ def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore
         W.
     base : ndarray of uint16 or uint32, shape (b,)
         Bit patterns in the base's own dtype.
-    base_format : tuple of int
-        Number, mantissa bits and bias of that dtype's `FloatFormat`.
+    base_format : int
+        `FloatFormat.number` of that dtype.
     sums : ndarray of float64, shape (columns, outputs)
         Room for a tile.
     out : ndarray, dtype of `base`, shape (outputs, >= b)
@@ -110,18 +143,23 @@ def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore
     int
         How many results overflowed.
     """
-    number, mantissa, bias = base_format
     overflowed = 0
     cursors, cuts = block.starts.copy(), np.empty_like(block.starts)
+    touched = np.zeros((sums.shape[0] + 63) // 64, np.uint64)
+    sums[:] = 0.0
     for first in range(0, base.size, sums.shape[0]):
         stop = min(base.size, first + sums.shape[0])
         _measure_tile(block, cursors, cuts, stop)
-        tile = sums[: stop - first]
-        tile[:] = 0.0
-        project(block.rows, cursors, cuts, block.positions, block.values, first, weights, tile)
+        project(block.rows, cursors, cuts, block.positions, block.values, first, weights, sums)
+        _mark(block.positions, cursors, cuts, first, touched)
         for output in range(weights.shape[1]):
-            overflowed += add_rounded_kernel(
-                base[first:stop], tile[:, output], number, mantissa, bias, out[output, first:stop]
-            )
+            out[output, first:stop] = base[first:stop]
+        # Most columns have no entry: only those that have one are looked at again.
+        if base_format == BF16:
+            overflowed += _round_touched(base, first, BF16, touched, sums, out)
+        elif base_format == F16:
+            overflowed += _round_touched(base, first, F16, touched, sums, out)
+        else:
+            overflowed += _round_touched(base, first, F32, touched, sums, out)
         cursors[:] = cuts
     return overflowed

@@ -114,9 +114,8 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
         sweep_products(block, one, np.zeros((_ELEMENTS, 1), np.float32), np.zeros((1, 1)))
         for base_fmt in {FORMATS[t.base_dtype.code] for t in tensors if t.dtype.code == fmt.code}:
             base = np.zeros(_ELEMENTS, base_fmt.bits_dtype)
-            numbers = (base_fmt.number, base_fmt.mantissa, base_fmt.bias)
             out = np.zeros((1, _ELEMENTS), base_fmt.bits_dtype)
-            sweep_outputs(block, one, base, numbers, np.zeros((_ELEMENTS, 1)), out)
+            sweep_outputs(block, one, base, base_fmt.number, np.zeros((_ELEMENTS, 1)), out)
     for code in {tensor.base_dtype.code for tensor in tensors if tensor.kind == "tracked"}:
         bits = np.zeros(_ELEMENTS, FORMATS[code].bits_dtype)
         add_rounded(bits, np.ones((_ELEMENTS, 1))[:, 0], FORMATS[code], bits)

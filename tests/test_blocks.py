@@ -204,12 +204,11 @@ def test_kernels_that_sweep_tiles_agree_with_sums_over_the_block(run, columns):
             fmt = at.base_format
             # Rows of the output may be longer than the block; what lies behind it is not touched.
             out = np.full((width, at.elements + 3), 77, base_bits.dtype)
-            numbers = (fmt.number, fmt.mantissa, fmt.bias)
             overflowed = sweep_outputs(
                 changes.at_hand(),
                 weights,
                 base_bits,
-                numbers,
+                fmt.number,
                 np.full((columns, width), np.nan),
                 out,
             )
