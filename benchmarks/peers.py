@@ -27,7 +27,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.commands import document, relex, remove, work_directory
+from benchmarks.commands import document, relex, set_aside, work_directory
 from benchmarks.peer_programs import mergekit_linear, relex_scripts
 from benchmarks.peer_programs.two_pass import FLOATS, Model, find_checkpoints, read
 from benchmarks.processes import (
@@ -135,7 +135,7 @@ class Entry:
     Attributes
     ----------
     output : Path
-        What it leaves, deleted before each run and measured after the last.
+        What it leaves, out of the way before each run and measured after the last.
     label : str
         Sets apart rows of one program, such as one worker and two.
     seconds_of : callable, optional
@@ -172,7 +172,7 @@ class Entry:
         """Make ready for a run; `alternate` takes care of cold inputs."""
         click.echo(f"{self.name} ...", err=True)
         if self.output is not None:
-            remove(self.output)
+            set_aside(self.output)
         os.sync()
         if not cold:
             warm(self.reads)

@@ -21,7 +21,16 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.commands import ModelSize, document, program, relex, remove, run, work_directory
+from benchmarks.commands import (
+    ModelSize,
+    document,
+    program,
+    relex,
+    remove,
+    run,
+    set_aside,
+    work_directory,
+)
 from benchmarks.processes import (
     Measurement,
     Program,
@@ -208,8 +217,8 @@ def run_points(root: Path, points: Sequence[Point], *, runs: int) -> list[Result
         if point.label in predicted:
             results.append(facts.extrapolation(point, predicted[point.label]))
     for point in points:
-        remove(root / f"{point.label}.store")
-        remove(root / f"{point.label}.out")
+        set_aside(root / f"{point.label}.store")
+        set_aside(root / f"{point.label}.out")
     return results
 
 
@@ -227,7 +236,7 @@ def _append(
     def prepare() -> None:
         if not begun.exists():
             run("begin", "build-store", base, checkpoints, begun, "--steps", point.appended_to)
-        remove(store)
+        set_aside(store)
         shutil.copytree(begun, store)
 
     return Program(point.label, argv, prepare)

@@ -396,34 +396,36 @@ class _Job:
         batch_files: Sequence[tuple[FileEntry, ...]],
         results: dict[Hashable, TensorResult],
     ) -> list[Commit]:
-        shape, rows = self._shape, self._rows
+        shape, rows, steps = self._shape, self._rows, len(batch)
         store = self._writer.store
-        delta_sq = store.delta_sq[rows - 1].copy() if store and rows else np.zeros(shape.tensors)
+        tables = {
+            name: np.zeros((steps, shape.blocks), np.uint32)
+            for name in ("frame_bytes", "frame_crc", "changed", "source_crc")
+        }
+        change_sq = np.zeros((steps, shape.tensors))
+        growth = np.zeros((steps, shape.tensors))
+        sketch = np.zeros((steps, shape.sketched, shape.sketch_width), np.float16)
+        scale = np.zeros((steps, shape.sketched), np.float32)
+        nonfinite = np.zeros(steps, np.bool_)
+        # All steps of a tensor at once: tensors may be very many.
+        for tensor in self._tensors:
+            if not tensor.blocks:
+                continue
+            result = results[tensor.index]
+            columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
+            for name, table in tables.items():
+                table[:, columns] = getattr(result, name)
+            change_sq[:, tensor.index] = result.change_sq
+            growth[:, tensor.index] = result.delta_sq_growth
+            nonfinite |= result.nonfinite
+            if result.packed_sketch is not None:
+                sketch[:, tensor.sketch_row] = result.packed_sketch
+                scale[:, tensor.sketch_row] = result.sketch_scale
+        delta_sq = store.delta_sq[rows - 1] if store and rows else np.zeros(shape.tensors)
         commits = []
         for index, place in enumerate(batch):
-            tables = {
-                name: np.zeros(shape.blocks, np.uint32)
-                for name in ("frame_bytes", "frame_crc", "changed", "source_crc")
-            }
-            change_sq = np.zeros(shape.tensors)
-            sketch = np.zeros((shape.sketched, shape.sketch_width), np.float16)
-            scale = np.zeros(shape.sketched, np.float32)
-            nonfinite = False
-            for tensor in self._tensors:
-                if not tensor.blocks:
-                    continue
-                result = results[tensor.index]
-                columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
-                for name, table in tables.items():
-                    table[columns] = getattr(result, name)[index]
-                change_sq[tensor.index] = result.change_sq[index]
-                delta_sq[tensor.index] += result.delta_sq_growth[index]
-                nonfinite |= bool(result.nonfinite[index])
-                if result.packed_sketch is not None:
-                    sketch[tensor.sketch_row] = result.packed_sketch[index]
-                    scale[tensor.sketch_row] = result.sketch_scale[index]
             # A sum of growths may end a rounding below zero where all deltas went back to zero.
-            delta_sq = np.maximum(delta_sq, 0.0)
+            delta_sq = np.maximum(delta_sq + growth[index], 0.0)
             commits.append(
                 Commit(
                     step=place.step,
@@ -432,12 +434,12 @@ class _Job:
                     source=place.name,
                     source_bytes=place.nbytes,
                     files=batch_files[index],
-                    nonfinite=nonfinite,
-                    change_sq=change_sq,
-                    delta_sq=delta_sq.copy(),
-                    sketch=sketch,
-                    sketch_scale=scale,
-                    **tables,
+                    nonfinite=bool(nonfinite[index]),
+                    change_sq=change_sq[index],
+                    delta_sq=delta_sq,
+                    sketch=sketch[index],
+                    sketch_scale=scale[index],
+                    **{name: table[index] for name, table in tables.items()},
                 )
             )
         return commits

@@ -352,11 +352,8 @@ class TensorResult(BlockStatistics):
     @classmethod
     def of(cls, statistics: BlockStatistics) -> TensorResult:
         """Round the sketch; all else is kept."""
-        packed = None
-        scale = np.zeros(len(statistics.change_sq), np.float32)
+        packed, scale = None, np.zeros(len(statistics.change_sq), np.float32)
         if statistics.sketch is not None:
-            packed = np.zeros(statistics.sketch.shape, np.float16)
-            for row, values in enumerate(statistics.sketch):
-                packed[row], scale[row] = pack_sketch(values)
+            packed, scale = pack_sketch(statistics.sketch)
         kept = statistics.__dict__ | {"sketch": None}
         return cls(**kept, packed_sketch=packed, sketch_scale=scale)

@@ -146,16 +146,19 @@ def add_to_sketch(positions, values, count, first_element, key, row):  # type: i
         row[x & bucket] += value if x >> np.uint64(63) else -value
 
 
-def pack_sketch(row: Float64) -> tuple[NDArray[np.float16], np.float32]:
-    """Round a sketch row to float16 with a scale; `unpack_sketch` multiplies back.
+def pack_sketch(rows: Float64) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    """Round sketch rows (T, width) to float16, a scale each; `unpack_sketch` multiplies back.
 
     The rounding (5e-4 of the largest entry) only moves the starting basis of the power passes.
     """
     with np.errstate(over="ignore"):  # beyond float32: no scale, as below
-        scale = np.float32(np.abs(row).max(initial=0.0))
-    if scale == 0 or not np.isfinite(scale):
-        return np.zeros(row.size, np.float16), np.float32(0)
-    return (row / np.float64(scale)).astype(np.float16), scale
+        scales = np.abs(rows).max(axis=1, initial=0.0).astype(np.float32)
+    scales[~np.isfinite(scales)] = 0
+    divisors = np.where(scales > 0, scales, np.inf).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what is not finite has no scale and gives 0
+        scaled = rows / divisors[:, None]
+    scaled[scales == 0] = 0
+    return scaled.astype(np.float16), scales
 
 
 def unpack_sketch(rows: NDArray[np.float16], scales: NDArray[np.float32]) -> Float64:

@@ -316,24 +316,34 @@ def test_sketch_keys_are_frozen():
 )
 def test_packed_sketch_rows_lose_at_most_half_a_float16_step(magnitude, spread, seed):
     rng = np.random.default_rng(seed)
-    row = rng.standard_normal(256) * 10.0 ** (magnitude - spread * rng.random(256))
-    packed, scale = pack_sketch(row)
+    rows = rng.standard_normal((3, 256)) * 10.0 ** (magnitude - spread * rng.random((3, 256)))
+    rows[0] *= 1e-3  # each row has a scale of its own
+    packed, scales = pack_sketch(rows)
     assert packed.dtype == np.float16
-    assert scale.dtype == np.float32
-    back = unpack_sketch(packed[None], np.array([scale]))[0]
+    assert scales.dtype == np.float32
+    back = unpack_sketch(packed, scales)
     assert back.dtype == np.float64
     # Relative to each entry, until float16's subnormals begin.
-    bound = np.maximum(2.0**-11 * np.abs(row), 2.0**-25 * float(scale)) * (1 + 1e-6)
-    assert (np.abs(back - row) <= bound).all()
+    steps = 2.0**-25 * scales.astype(np.float64)[:, None]
+    bound = np.maximum(2.0**-11 * np.abs(rows), steps) * (1 + 1e-6)
+    assert (np.abs(back - rows) <= bound).all()
 
 
 @pytest.mark.parametrize(
-    "row", [np.zeros(256), np.full(256, 1e-60), np.full(256, 1e300), np.full(256, np.nan)]
+    "row",
+    [
+        np.zeros(256),
+        np.full(256, 1e-60),
+        np.full(256, 1e300),
+        np.full(256, np.nan),
+        np.full(256, np.inf),
+    ],
 )
 def test_rows_out_of_range_are_packed_as_nothing(row):
-    packed, scale = pack_sketch(row)
-    assert scale == 0
-    assert not packed.any()
+    packed, scales = pack_sketch(np.array([row, np.ones(256)]))
+    assert scales.tolist() == [0, 1]
+    assert not packed[0].any()
+    assert (packed[1] == 1).all()
 
 
 # --- T x T algebra -----------------------------------------------------------------------------
@@ -383,8 +393,7 @@ def test_exact_route_against_a_dense_svd(rank):
 def randomized_subspace(changes, rank, passes, block=100):
     """Run the randomized route as the pipeline does: float16 sketch, float32 projections."""
     rows, elements = changes.shape
-    packed = [pack_sketch(row) for row in sketched(changes, sketch_key(0, "w"), block)]
-    stored = unpack_sketch(np.array([p for p, _ in packed]), np.array([s for _, s in packed]))
+    stored = unpack_sketch(*pack_sketch(sketched(changes, sketch_key(0, "w"), block)))
     basis = sketch_basis(stored, rank)
     assert basis.shape == (rows, min(rows, rank + sketch.OVERSAMPLING))
     for number in range(passes):
