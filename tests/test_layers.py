@@ -63,7 +63,7 @@ ROOMS = {
         KERNELS,
         pure=True,
     ),
-    "sweep": Room({"kernels", "ulp", "sketch"}, {"numpy"}, pure=True),
+    "sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
     "fit": Room(set(), {"numpy"}, pure=True),
     "planner": Room(pure=True),
     "pages": Room(pure=True),
