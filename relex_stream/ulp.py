@@ -71,7 +71,7 @@ FORMATS = {
 
 BF16, F16, F32 = 0, 1, 2
 # A kernel's loop is written once, inlined, and compiled once for each of these: where the format is
-# known, what is left of a function like `number_one` has no branch, and takes half the time.
+# known, a function like `number_one` has no branch left that asks for it.
 
 
 def ordered(bits: Bits) -> Bits:
