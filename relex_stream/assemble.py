@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from relex_stream.blocks import Blocks
 from relex_stream.errors import CorruptionError
+from relex_stream.specs import joined_pieces
 from relex_stream.store import Store
 from relex_stream.store.records import FileEntry, StoredTensor
 from relex_stream.ulp import Bits
@@ -124,9 +126,21 @@ class Assembly:
         for place, name in self._literals:
             output.write(place.path, place.offset, self._store.blob(name))
 
-    def put(self, output: OutputDirectory, tensor: StoredTensor, start: int, bits: Bits) -> None:
-        """Write a block of a tensor, elements from `start`, wherever the files hold it."""
+    def put(self, output: OutputDirectory, at: Blocks, bits: Bits) -> None:
+        """Write the bits of blocks wherever the files hold them; neighbours in one piece."""
         raw: NDArray[np.uint8] = bits.view(np.uint8)
-        for place in self._destinations.get(tensor.name, ()):
-            offset = place.offset + start * self._itemsize(tensor)
-            output.write(place.path, offset, raw.data)
+        done = 0
+        first: list[tuple[str, int, int]] = []
+        for block in at.blocks:
+            nbytes = block.elements * bits.itemsize
+            for number, place in enumerate(self._destinations[block.tensor.name]):
+                offset = place.offset + block.start * bits.itemsize
+                if number == 0:
+                    first.append((place.path, offset, nbytes))
+                else:
+                    output.write(place.path, offset, raw[done : done + nbytes].data)
+            done += nbytes
+        done = 0
+        for path, offset, nbytes in joined_pieces(first):
+            output.write(path, offset, raw[done : done + nbytes].data)
+            done += nbytes

@@ -2,30 +2,33 @@
 
 A block starts from the base's bits and takes each step's frame in turn. `BlockReader` gives the
 bits at any step, or the changes in weight units as rows of the sparse matrix D, in buffers that a
-worker keeps from block to block: a fresh page of memory costs more than the work on it.
+worker keeps from block to block: a fresh page of memory costs more than the work on it. Small
+tensors are worked on several at a time, as a `Strip`: a call costs more than the work on one.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream import planner
+from relex_stream.checksum import extend_each
 from relex_stream.codec import Changes, FrameCodec
 from relex_stream.errors import CorruptionError, SourceError
 from relex_stream.pages import PAGE_BYTES, page_lead
 from relex_stream.sketch import ChangeRows
 from relex_stream.sources import CheckpointReader, open_checkpoint
-from relex_stream.specs import STEP_GROUP, SourceCheckpoint, TensorPlace
+from relex_stream.specs import STEP_GROUP, SourceCheckpoint, TensorPlace, joined_pieces
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
 from relex_stream.sweep import BlockRows
@@ -96,6 +99,94 @@ class BlockOf:
         """Float format of the base's weights (tracked tensors only)."""
         return FORMATS[self.tensor.base_dtype.code]
 
+    @property
+    def blocks(self) -> tuple[BlockOf, ...]:
+        """The block: it is the narrowest of strips."""
+        return (self,)
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """As in `Strip`."""
+        return np.array([0, self.elements], np.int64)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Whole small tensors side by side, worked on as one block: same formats, in one buffer.
+
+    Where rows of D are counted for a strip, those of its second block follow those of the first.
+    """
+
+    blocks: tuple[BlockOf, ...]
+
+    @cached_property
+    def bounds(self) -> NDArray[np.int64]:
+        """Block i has the elements ``bounds[i] : bounds[i + 1]``."""
+        return np.cumsum([0, *(at.elements for at in self.blocks)], dtype=np.int64)
+
+    @cached_property
+    def elements(self) -> int:
+        """Number of elements."""
+        return int(self.bounds[-1])
+
+    @property
+    def format(self) -> FloatFormat:
+        """Float format of the checkpoints' weights."""
+        return self.blocks[0].format
+
+    @property
+    def base_format(self) -> FloatFormat:
+        """Float format of the base's weights."""
+        return self.blocks[0].base_format
+
+
+Blocks: TypeAlias = BlockOf | Strip
+"""One block, or several worked on as one."""
+
+BlockResult = TypeVar("BlockResult")
+
+
+def work_on_strips(
+    tasks: Sequence[tuple[BlockOf, ...]],
+    kind_of: Callable[[BlockOf], Hashable],
+    work: Callable[[Blocks], Iterable[BlockResult]],
+) -> list[list[BlockResult]]:
+    """Work on the blocks of some tasks, as few strips as there can be; return results by task.
+
+    Parameters
+    ----------
+    tasks : sequence of tuples of BlockOf
+    kind_of : callable
+        Blocks of equal kind may share a strip; None for one that must be alone.
+    work : callable
+        Returns a result for each block of a strip.
+    """
+    strips = _strips((at for task in tasks for at in task), kind_of)
+    results = chain.from_iterable(map(work, strips))
+    return [list(islice(results, len(task))) for task in tasks]
+
+
+def float_formats(at: BlockOf) -> Hashable:
+    """Return a kind for `work_on_strips`: tracked tensors of the same formats."""
+    tensor = at.tensor
+    return (tensor.base_dtype.code, tensor.dtype.code) if tensor.kind == "tracked" else None
+
+
+def _strips(blocks: Iterable[BlockOf], kind_of: Callable[[BlockOf], Hashable]) -> Iterator[Blocks]:
+    """Join neighbours that are whole tensors, up to the elements of a large tensor's block."""
+    run: list[BlockOf] = []
+    size, kind = 0, None
+    for at in blocks:
+        kind_here = kind_of(at) if at.tensor.blocks == 1 else None
+        fits = size + at.elements <= at.tensor.block_elements
+        if run and (kind_here is None or kind_here != kind or not fits):
+            yield Strip(tuple(run)) if len(run) > 1 else run[0]
+            run, size = [], 0
+        run.append(at)
+        size, kind = size + at.elements, kind_here
+    if run:
+        yield Strip(tuple(run)) if len(run) > 1 else run[0]
+
 
 def base_bits_dtype(tensor: StoredTensor) -> np.dtype[Any]:
     """Return the unsigned integer dtype of a tensor's stored elements in the base."""
@@ -105,9 +196,11 @@ def base_bits_dtype(tensor: StoredTensor) -> np.dtype[Any]:
 def model_shape(tensors: Sequence[StoredTensor], sketch_width: int) -> planner.ModelShape:
     """Return what the planner needs to know of a store's tensors."""
     kept = [tensor for tensor in tensors if tensor.blocks]
-    largest = max((min(t.elements, t.block_elements) for t in kept), default=1)
+    # Small tensors may share a strip as large as a block.
+    elements = sum(tensor.elements for tensor in kept)
+    largest = max((min(elements, t.block_elements) for t in kept), default=1)
     widest = max(
-        (min(t.elements, t.block_elements) * max(t.itemsize, t.base_itemsize) for t in kept),
+        (min(elements, t.block_elements) * max(t.itemsize, t.base_itemsize) for t in kept),
         default=8,
     )
     return planner.ModelShape(
@@ -148,8 +241,8 @@ class BaseWeights:
         self._store = store
         self.where = where
 
-    def read(self, at: BlockOf, workspace: Workspace) -> tuple[Bits, int]:
-        """Return the base's bit patterns of a block (in a buffer of `workspace`) and their CRC.
+    def read(self, at: Blocks, workspace: Workspace) -> tuple[Bits, NDArray[np.uint32]]:
+        """Return the base's bit patterns (in a buffer of `workspace`) and each block's CRC-32C.
 
         Raises
         ------
@@ -158,31 +251,53 @@ class BaseWeights:
         CorruptionError
             If an included base is damaged.
         """
-        dtype = base_bits_dtype(at.tensor)
+        dtype = base_bits_dtype(at.blocks[0].tensor)
         if self._places is not None:
-            assert self._reader is not None
-            place = self._places[at.tensor.name]
-            offset = place.offset + at.start * at.tensor.base_itemsize
-            out = workspace.array("base", at.elements, dtype, offset)
-            self._reader.read(place.path, offset, out.view(np.uint8))
+            out = self._read_files(at, dtype, workspace, self._places)
         else:
-            assert self._store is not None
             out = workspace.array("base", at.elements, dtype)
-            self._decode_included(at, out, workspace)
-        raw = out.view(np.uint8)
-        crc: int = google_crc32c.value(raw)
-        if self._expected_crc is not None and crc != int(self._expected_crc[at.column]):
-            if self._places is None:
-                raise CorruptionError(
-                    f"the base weights in {self.where} do not match their checksum: "
-                    f"tensor {at.tensor.name}, block {at.block}"
-                )
-            raise SourceError(
-                f"the base has changed: tensor {at.tensor.name} in "
-                f"{self._places[at.tensor.name].path} is not what the store was "
-                "built over; give the original with --base"
+            for block, (low, high) in zip(at.blocks, pairwise(at.bounds), strict=True):
+                self._decode_included(block, out[low:high], workspace)
+        crcs = np.empty(len(at.blocks), np.uint32)
+        extend_each(out.view(np.uint8), at.bounds * dtype.itemsize, crcs)
+        if self._expected_crc is not None:
+            for block, crc in zip(at.blocks, crcs.tolist(), strict=True):
+                if crc != int(self._expected_crc[block.column]):
+                    raise self._mismatch(block)
+        return out, crcs
+
+    def _read_files(
+        self,
+        at: Blocks,
+        dtype: np.dtype[Any],
+        workspace: Workspace,
+        places: Mapping[str, TensorPlace],
+    ) -> Bits:
+        assert self._reader is not None
+        itemsize = dtype.itemsize
+        pieces = joined_pieces(
+            (place.path, place.offset + block.start * itemsize, block.elements * itemsize)
+            for block in at.blocks
+            for place in (places[block.tensor.name],)
+        )
+        out = workspace.array("base", at.elements, dtype, pieces[0][1])
+        raw, done = out.view(np.uint8), 0
+        for path, offset, nbytes in pieces:
+            self._reader.read(path, offset, raw[done : done + nbytes])
+            done += nbytes
+        return out
+
+    def _mismatch(self, at: BlockOf) -> SourceError | CorruptionError:
+        if self._places is None:
+            return CorruptionError(
+                f"the base weights in {self.where} do not match their checksum: "
+                f"tensor {at.tensor.name}, block {at.block}"
             )
-        return out, crc
+        return SourceError(
+            f"the base has changed: tensor {at.tensor.name} in "
+            f"{self._places[at.tensor.name].path} is not what the store was "
+            "built over; give the original with --base"
+        )
 
     def holds(self, name: str) -> bool:
         """Say whether the base's directory has a tensor of this name."""
@@ -343,75 +458,104 @@ class BlockReader:
         self.workspace = workspace
         self.entry_capacity = entry_capacity
 
-    def base_bits(self, at: BlockOf) -> Bits:
+    def base_bits(self, at: Blocks) -> Bits:
         """Return the base's bit patterns in the base's dtype."""
         return self.base.read(at, self.workspace)[0]
 
-    def start_state(self, at: BlockOf, base_bits: Bits) -> Bits:
+    def start_state(self, at: Blocks, base_bits: Bits) -> Bits:
         """Return a copy of the base's patterns in the dtype of the checkpoints."""
         state = self.workspace.array("state", at.elements, at.format.bits_dtype)
         widen(base_bits, at.base_format, at.format, state)
         return state
 
-    def bits_at(self, at: BlockOf, base_bits: Bits, rows: int) -> Bits:
-        """Return the block's exact bit patterns after `rows` steps, in the checkpoints' dtype."""
+    def bits_at(self, at: Blocks, base_bits: Bits, rows: int) -> Bits:
+        """Return the exact bit patterns after `rows` steps, in the checkpoints' dtype."""
         state = self.start_state(at, base_bits)
         for _, _, changes in self.decoded(at, rows):
             # A step after the other: the order in which they lie there.
             advance(state, changes.positions, changes.zigzags, changes.count)
         return state
 
-    def entries(self, at: BlockOf, rows: int) -> int:
-        """Return how many changes the block has in its first `rows` rows."""
-        return int(self.store.changed[:rows, at.column].sum(dtype=np.int64))
+    def entries(self, at: Blocks, rows: int) -> int:
+        """Return how many changes there are in the first `rows` rows."""
+        columns = [block.column for block in at.blocks]
+        return int(self.store.changed[:rows, columns].sum(dtype=np.int64))
 
-    def change_rows(self, at: BlockOf, base_bits: Bits, rows: int) -> BlockChanges:
-        """Return the block's rows of D for the first `rows` steps."""
+    def change_rows(self, at: Blocks, base_bits: Bits, rows: int) -> BlockChanges:
+        """Return the rows of D for the first `rows` steps."""
         return BlockChanges(self, at, base_bits, rows)
 
-    def decoded(self, at: BlockOf, stop: int) -> Iterator[tuple[list[int], list[int], Changes]]:
+    def decoded(self, at: Blocks, stop: int) -> Iterator[tuple[list[int], list[int], Changes]]:
         """Yield the changes of rows below `stop`, some rows at a time, in one buffer.
 
         Yields
         ------
         rows : list of int
-            Rows in which the block changed, ascending.
+            Rows with changes, ascending; those of a strip's block i count on from ``i * stop``.
         counts : list of int
             Changes of each.
         changes : Changes
             Theirs, one row behind the other.
         """
-        codec, changes = frame_tools(self.workspace, at.tensor.block_elements, at.tensor.itemsize)
+        tensor = at.blocks[0].tensor
+        codec, changes = frame_tools(self.workspace, tensor.block_elements, tensor.itemsize)
+        columns = [block.column for block in at.blocks]
+        elements, firsts = np.diff(at.bounds), at.bounds[:-1]
+
         # Lists: of few steps, arrays cost more than the work, and tensors may be very many.
-        counts = self.store.changed[:stop, at.column].tolist()
-        sizes = self.store.frame_bytes[:stop, at.column].tolist()
-        checksums = self.store.frame_crc[:stop, at.column].tolist()
+        def committed(table: NDArray[np.uint32]) -> list[int]:
+            rows: list[int] = table[:stop, columns].T.reshape(-1).tolist()
+            return rows
+
+        counts = committed(self.store.changed)
+        sizes = committed(self.store.frame_bytes)
+        checksums = committed(self.store.frame_crc)
         for rows in self._runs(at, counts, sizes):
             frames = self.workspace.array("frames", sum(sizes[row] for row in rows), np.uint8)
             expected = [
-                [row % STEP_GROUP for row in rows],
+                [row % stop % STEP_GROUP for row in rows],
                 [counts[row] for row in rows],
                 [checksums[row] for row in rows],
             ]
             each = np.array([sizes[row] for row in rows], np.int64)
-            low, high = rows[0], rows[-1] + 1
+            block_of = np.array(rows) // stop
             try:
-                self.store.read_run(at.tensor, at.block, low, sizes[low:high], frames)
-                found = codec.decode_frames(frames, each, at.elements, changes).tolist()
+                self._read_frames(at, stop, rows, sizes, frames)
+                found = codec.decode_frames(
+                    frames, each, elements[block_of], firsts[block_of], changes
+                ).tolist()
             except CorruptionError:
                 found = []
             if found != expected:
-                # One by one, which finds the frame that is wrong and names it.
-                for row, frame in self.store.read_frames(at.tensor, at.block, low, high):
-                    decode_committed(self.store, at, row, frame, self.workspace)
-                raise CorruptionError(
-                    f"{self.store.path}: tensor {at.tensor.name}, block {at.block} was damaged "
-                    "when it was first read, and a moment later it was not; verify the store"
-                )
+                self._name_damage(at, stop, rows)
             yield rows, expected[1], changes
 
+    def _read_frames(
+        self, at: Blocks, stop: int, rows: list[int], sizes: list[int], out: NDArray[np.uint8]
+    ) -> None:
+        done = 0
+        for number, low, high in _rows_by_block(rows, stop):
+            block, first = at.blocks[number], number * stop
+            here = sizes[first + low : first + high]
+            end = done + sum(here)
+            self.store.read_run(block.tensor, block.block, low, here, out[done:end])
+            done = end
+
+    def _name_damage(self, at: Blocks, stop: int, rows: list[int]) -> None:
+        """Decode frames one by one, which finds the one that is wrong and names it."""
+        for number, low, high in _rows_by_block(rows, stop):
+            block = at.blocks[number]
+            for row, frame in self.store.read_frames(block.tensor, block.block, low, high):
+                decode_committed(self.store, block, row, frame, self.workspace)
+        first = at.blocks[rows[0] // stop]
+        raise CorruptionError(
+            f"{self.store.path}: tensor {first.tensor.name}, block {first.block}"
+            f"{' or one behind it' if len(at.blocks) > 1 else ''} was damaged "
+            "when it was first read, and a moment later it was not; verify the store"
+        )
+
     @staticmethod
-    def _runs(at: BlockOf, counts: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    def _runs(at: Blocks, counts: list[int], sizes: list[int]) -> Iterator[list[int]]:
         """Cut rows with frames into runs at hand together: by bytes of frames, and by changes."""
         capacity = max(at.elements, _RUN_CHANGES)
         run: list[int] = []
@@ -431,10 +575,18 @@ class BlockReader:
             yield run
 
 
+def _rows_by_block(rows: list[int], stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield each block's number in its strip, and the range in which its rows of `rows` lie."""
+    for number, some in groupby(rows, lambda row: row // stop):
+        here = list(some)
+        yield number, here[0] - number * stop, here[-1] + 1 - number * stop
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Some columns of a block's rows of D."""
+    """Some columns of the rows of D of the block number `block` of a strip."""
 
+    block: int
     first: int
     columns: int
     _batches: Callable[[], Iterator[ChangeRows]]
@@ -445,7 +597,7 @@ class Tile:
 
 
 class BlockChanges:
-    """The rows of D of one block, to be swept any number of times.
+    """The rows of D of a block or a strip, to be swept any number of times.
 
     If all fit the reader's capacity they are decoded once and kept, else decoded again for
     every sweep: memory depends on the capacity, not on the number of steps.
@@ -456,7 +608,7 @@ class BlockChanges:
         Whether they are kept.
     """
 
-    def __init__(self, reader: BlockReader, at: BlockOf, base_bits: Bits, rows: int) -> None:
+    def __init__(self, reader: BlockReader, at: Blocks, base_bits: Bits, rows: int) -> None:
         self._reader = reader
         self._at = at
         self._base_bits = base_bits
@@ -480,31 +632,58 @@ class BlockChanges:
 
     def batches(self) -> Iterator[ChangeRows]:
         """Sweep the block: yield all rows, some at a time, each valid until the next."""
-        return self._sweep(0, self._at.elements)
-
-    def tiles(self, columns: int) -> Iterator[Tile]:
-        """Cut the block into tiles of `columns`, from left to right."""
-        elements = self._at.elements
-        if not self.fits:
-            for first in range(0, elements, columns):
-                width = min(columns, elements - first)
-                yield Tile(first, width, partial(self._sweep, first, width))
-            return
-        state = self._reader.start_state(self._at, self._base_bits)
-        for changes, zigzags in self._decode():
-            rest = changes
-            for first in range(0, elements, columns):
-                width = min(columns, elements - first)
-                rest, here = rest.split(first + width)
-                self._measure(state, here, zigzags)
-                yield Tile(first, width, partial(_once, here))
-
-    def _sweep(self, first: int, columns: int) -> Iterator[ChangeRows]:
         state = self._reader.start_state(self._at, self._base_bits)
         for changes, zigzags in self._decode():
             self._measure(state, changes, zigzags)
-            right, _ = changes.split(first)
+            yield changes
+
+    def tiles(self, columns: int) -> Iterator[Tile]:
+        """Cut each block into tiles of `columns`, from left to right; rows are counted by block."""
+        if not self.fits:
+            for block, first, width in self._cuts(columns):
+                yield Tile(block, first, width, partial(self._sweep, block, first, width))
+            return
+        state = self._reader.start_state(self._at, self._base_bits)
+        ((changes, zigzags),) = self._decode()
+        bounds = self._at.bounds.tolist()
+        by_block = self._by_block(changes)
+        rest = changes
+        for block, first, width in self._cuts(columns):
+            if first == bounds[block]:
+                rest = next(by_block)
+            if first + width == bounds[block + 1]:
+                here = rest
+            else:
+                rest, here = rest.split(first + width)
+            self._measure(state, here, zigzags)
+            yield Tile(block, first, width, partial(_once, here))
+
+    def _cuts(self, columns: int) -> Iterator[tuple[int, int, int]]:
+        for block, (low, high) in enumerate(pairwise(self._at.bounds.tolist())):
+            for first in range(low, high, columns):
+                yield block, first, min(columns, high - first)
+
+    def _sweep(self, block: int, first: int, columns: int) -> Iterator[ChangeRows]:
+        for changes in self.batches():
+            right, _ = next(islice(self._by_block(changes), block, None)).split(first)
             yield right.split(first + columns)[1]
+
+    def _by_block(self, changes: ChangeRows) -> Iterator[ChangeRows]:
+        """Yield the rows of each block of a strip, counted by block."""
+        if len(self._at.blocks) == 1:
+            yield changes
+            return
+        block_starts = np.arange(len(self._at.blocks) + 1) * self._rows
+        cuts = np.searchsorted(changes.rows, block_starts).tolist()
+        rows = changes.rows % self._rows
+        for low, high in pairwise(cuts):
+            yield ChangeRows(
+                rows[low:high],
+                changes.starts[low:high],
+                changes.ends[low:high],
+                changes.positions,
+                changes.values,
+            )
 
     def _measure(self, state: Bits, changes: ChangeRows, zigzags: Bits) -> None:
         """Make the changes to `state`, in order, and fill in their values."""

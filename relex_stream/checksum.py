@@ -98,3 +98,10 @@ def extend(crc, raw):  # type: ignore[no-untyped-def]
     for i in range(raw.size // 8 * 8, raw.size):
         register = _after_byte(register, raw[i])
     return np.uint32(register) ^ np.uint32(_ONES)
+
+
+@kernel
+def extend_each(raw, bounds, crcs):  # type: ignore[no-untyped-def]
+    """Write the CRC-32C of each ``raw[bounds[i] : bounds[i + 1]]`` to `crcs` (uint32)."""
+    for i in range(crcs.size):
+        crcs[i] = extend(np.uint32(0), raw[bounds[i] : bounds[i + 1]])

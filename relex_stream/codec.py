@@ -414,7 +414,9 @@ def take_frame(frame, elements, streams, handles, positions, zigzags):  # type: 
 
 
 @kernel
-def take_frames(frames, sizes, elements, streams, handles, positions, zigzags, table):  # type: ignore[no-untyped-def]
+def take_frames(  # type: ignore[no-untyped-def]
+    frames, sizes, elements, firsts, streams, handles, positions, zigzags, table
+):
     """Decode frames that lie one behind the other; what they hold is put so too.
 
     Parameters
@@ -422,8 +424,10 @@ def take_frames(frames, sizes, elements, streams, handles, positions, zigzags, t
     frames : ndarray of uint8
     sizes : ndarray of int64, shape (n,)
         Bytes of each frame; in all those of `frames`.
-    elements : int
-        Of their block.
+    elements : ndarray of int64, shape (n,)
+        Of the block that each belongs to.
+    firsts : ndarray of int64, shape (n,)
+        Added to the positions of each.
     streams, handles
         As in `put_frame`.
     positions, zigzags : ndarray
@@ -442,7 +446,7 @@ def take_frames(frames, sizes, elements, streams, handles, positions, zigzags, t
     for i in range(sizes.size):
         finding, count = take_frame(
             frames[at : at + sizes[i]],
-            elements,
+            elements[i],
             streams,
             handles,
             positions[used:],
@@ -452,6 +456,8 @@ def take_frames(frames, sizes, elements, streams, handles, positions, zigzags, t
             return i, finding
         table[0, i], table[1, i] = frames[at], count
         table[2, i] = crc_of_frame(frames[at:])
+        if firsts[i] > 0:
+            positions[used : used + count] += np.uint32(firsts[i])
         at += sizes[i]
         used += count
     return sizes.size, GOOD
@@ -566,27 +572,28 @@ class FrameCodec:
             allocated on the word of the frame beyond this object's buffers.
         """
         checked_header(memoryview(frame), elements, self.itemsize)
-        sizes = np.array([len(frame)], np.int64)
-        table = self.decode_frames(np.frombuffer(frame, np.uint8).copy(), sizes, elements, changes)
+        size, elements_of, first = np.array([[len(frame)], [elements], [0]], np.int64)
+        raw = np.frombuffer(frame, np.uint8).copy()
+        table = self.decode_frames(raw, size, elements_of, first, changes)
         return int(table[0, 0])
 
     def decode_frames(
         self,
         frames: NDArray[np.uint8],
         sizes: NDArray[np.int64],
-        elements: int,
+        elements: NDArray[np.int64],
+        firsts: NDArray[np.int64],
         changes: Changes,
     ) -> NDArray[np.int64]:
-        """Decode frames of one block into `changes`, one behind the other.
+        """Decode frames of neighbouring blocks into `changes`, one behind the other.
 
         Parameters
         ----------
         frames : ndarray of uint8
             Whole frames, one behind the other.
-        sizes : ndarray of int64
-            Bytes of each.
-        elements : int
-            Elements of the block they belong to.
+        sizes, elements, firsts : ndarray of int64
+            Of each: its bytes, the elements of its block, and where among the elements of all
+            blocks that one begins.
         changes : Changes
             With room for all of them.
 
@@ -605,6 +612,7 @@ class FrameCodec:
             frames,
             sizes,
             elements,
+            firsts,
             self.streams,
             self.contexts.handles,
             changes.positions,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from relex_stream import machine, planner
@@ -15,11 +15,15 @@ from relex_stream.blocks import (
     BaseWeights,
     BlockOf,
     BlockReader,
+    Blocks,
     Workspace,
     base_directory,
+    float_formats,
     model_shape,
     open_base,
+    work_on_strips,
 )
+from relex_stream.checksum import extend_each
 from relex_stream.errors import CorruptionError
 from relex_stream.graph import grouped, run_groups
 from relex_stream.paths import refuse_inside
@@ -50,21 +54,29 @@ class BlockExport:
         self._expected_crc = store.commit(rows - 1).source_crc if rows else store.manifest.base_crc
         self._local = threading.local()
 
-    def run(self, blocks: tuple[BlockOf, ...]) -> None:
-        """Write neighbouring blocks of one tensor."""
+    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[None]:
+        """Write neighbouring blocks."""
         if not hasattr(self._local, "workspace"):
             self._local.workspace = Workspace()
+        work_on_strips(tasks, float_formats, self._write)
+        return [None] * len(tasks)
+
+    def _write(self, at: Blocks) -> list[None]:
         reader = BlockReader(self._store, self._base, self._local.workspace)
-        for at in blocks:
-            bits = reader.base_bits(at)
-            if self._rows and at.tensor.kind == "tracked":
-                bits = reader.bits_at(at, bits, self._rows)
-            if google_crc32c.value(bits.view(np.uint8)) != int(self._expected_crc[at.column]):
+        bits = reader.base_bits(at)
+        if self._rows and at.blocks[0].tensor.kind == "tracked":
+            bits = reader.bits_at(at, bits, self._rows)
+        crcs = np.empty(len(at.blocks), np.uint32)
+        extend_each(bits.view(np.uint8), at.bounds * bits.itemsize, crcs)
+        for block, crc in zip(at.blocks, crcs.tolist(), strict=True):
+            if crc != int(self._expected_crc[block.column]):
                 raise CorruptionError(
                     f"{self._store.path}: step {self._store.steps[self._rows - 1]}, tensor "
-                    f"{at.tensor.name}, block {at.block} does not come back as it was ingested"
+                    f"{block.tensor.name}, block {block.block} does not come back as it was "
+                    "ingested"
                 )
-            self._assembly.put(self._output, at.tensor, at.start, bits)
+        self._assembly.put(self._output, at, bits)
+        return [None] * len(at.blocks)
 
 
 def export_step(

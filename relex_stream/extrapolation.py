@@ -7,11 +7,13 @@ Every output is the base plus a linear combination of stored changes, ``theta_0 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import threading
 import time
 import warnings
 from collections.abc import Hashable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,13 @@ from relex_stream.blocks import (
     BaseWeights,
     BlockOf,
     BlockReader,
+    Blocks,
     Workspace,
     base_directory,
+    float_formats,
     model_shape,
     open_base,
+    work_on_strips,
 )
 from relex_stream.errors import RelexStreamWarning
 from relex_stream.fit import hat_vector, output_weights, r_squared
@@ -41,10 +46,9 @@ from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
 from relex_stream.subspaces import (
+    BlockTotals,
     SubspaceOptions,
     basis_columns,
-    block_work,
-    changed_blocks,
     changed_tensors,
     solve_subspaces,
     split_routes,
@@ -87,25 +91,30 @@ class BlockWrite:
         self._entry_capacity = entry_capacity
         self._local = threading.local()
 
-    def run(self, blocks: tuple[BlockOf, ...]) -> int:
-        """Write neighbouring blocks of one tensor; return how many values overflowed."""
+    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[int]:
+        """Write neighbouring blocks; return for each task how many values overflowed."""
         if not hasattr(self._local, "workspace"):
             self._local.workspace = Workspace()
         workspace: Workspace = self._local.workspace
         reader = BlockReader(self._store, self._base, workspace, self._entry_capacity)
-        return sum(self._write(reader, at, workspace) for at in blocks)
 
-    def _write(self, reader: BlockReader, at: BlockOf, workspace: Workspace) -> int:
+        def write(at: Blocks) -> list[int]:
+            return self._write(reader, at, workspace)
+
+        return [sum(counts) for counts in work_on_strips(tasks, float_formats, write)]
+
+    def _write(self, reader: BlockReader, at: Blocks, workspace: Workspace) -> list[int]:
         base_bits = reader.base_bits(at)
-        weights = self._weights.get(at.tensor.index)
-        if weights is None or not reader.entries(at, weights.shape[0]):
+        weights = self._weights_of(at)
+        if weights is None or not reader.entries(at, self.rows):
             for assembly in self._assemblies:
-                assembly.put(self._output, at.tensor, at.start, base_bits)
-            return 0
-        changes = reader.change_rows(at, base_bits, weights.shape[0])
+                assembly.put(self._output, at, base_bits)
+            return [0] * len(at.blocks)
+        changes = reader.change_rows(at, base_bits, self.rows)
         outputs = weights.shape[1]
         # Every output has the base's files: the same offsets. Rows that begin a page apart.
-        offset = self._assemblies[0].offset_of(at.tensor, at.start)
+        first = at.blocks[0]
+        offset = self._assemblies[0].offset_of(first.tensor, first.start)
         stride = -(-at.elements * base_bits.itemsize // PAGE_BYTES) * PAGE_BYTES
         shape = (outputs, stride // base_bits.itemsize)
         rounded = workspace.array("rounded", shape, base_bits.dtype, offset)
@@ -123,9 +132,21 @@ class BlockWrite:
                 add_rounded(base_bits, sums[:, output], fmt, rounded[output, : at.elements])
                 for output in range(outputs)
             )
+        if overflowed and len(at.blocks) > 1:
+            # One by one, which tells whose they are.
+            return [count for block in at.blocks for count in self._write(reader, block, workspace)]
         for assembly, bits in zip(self._assemblies, rounded, strict=True):
-            assembly.put(self._output, at.tensor, at.start, bits[: at.elements])
-        return overflowed
+            assembly.put(self._output, at, bits[: at.elements])
+        return [overflowed] * len(at.blocks)
+
+    def _weights_of(self, at: Blocks) -> Float64 | None:
+        """Return the weights of all rows of D; None if there are none but zeros."""
+        each = [self._weights.get(block.tensor.index) for block in at.blocks]
+        given = [weights for weights in each if weights is not None]
+        if len(given) in (0, len(each)):
+            return np.concatenate(given) if given else None
+        zeros = np.zeros_like(given[0])
+        return np.concatenate([zeros if weights is None else weights for weights in each])
 
 
 def extrapolate_steps(
@@ -240,18 +261,22 @@ def _warn_inside(request: Request) -> None:
 
 
 def _figures(store: Store, request: Request, subspaces: dict[str, Subspace]) -> list[TensorFigures]:
-    rows = len(request.history)
+    totals = store.delta_sq[: len(request.history)].sum(axis=0).tolist()
+    # All columns of all tensors at once, one behind the other: tensors may be very many.
+    none = np.zeros((len(request.history), 0))
+    scaled = (subspace.vectors * subspace.singular_values for subspace in subspaces.values())
+    r2 = iter(r_squared(request.history, np.concatenate([none, *scaled], axis=1)).tolist())
     figures = []
     for name, subspace in subspaces.items():
-        total = float(store.delta_sq[:rows, store.tensors[name].index].sum())
-        coefficients = subspace.vectors * subspace.singular_values
-        explained = float((subspace.singular_values**2).sum()) / total if total > 0 else 1.0
+        total = totals[store.tensors[name].index]
+        singular_values = subspace.singular_values.tolist()
+        explained = math.fsum(value**2 for value in singular_values)
         figures.append(
             TensorFigures(
                 name=name,
-                singular_values=tuple(subspace.singular_values.tolist()),
-                explained_variance=min(1.0, explained),
-                r2=tuple(r_squared(request.history, coefficients).tolist()),
+                singular_values=tuple(singular_values),
+                explained_variance=min(1.0, explained / total) if total > 0 else 1.0,
+                r2=tuple(islice(r2, len(singular_values))),
             )
         )
     return sorted(figures, key=lambda figure: figure.name)
@@ -277,9 +302,10 @@ def _write_blocks(
     progress: Progress,
 ) -> None:
     outputs = len(assemblies)
+    totals = BlockTotals.of(store, work.rows)
 
     def worked_on(at: BlockOf) -> int:
-        return block_work(store, at, work.rows) + at.elements * at.tensor.base_itemsize * outputs
+        return totals.work(at) + at.elements * at.tensor.base_itemsize * outputs
 
     overflowed: dict[Hashable, int] = run_groups(
         grouped(
@@ -366,12 +392,13 @@ def _plan(
 ) -> Plan:
     options = request.options
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
+    totals = BlockTotals.of(store, options.rows)
     exact, randomized = split_routes(changed_tensors(store, options.rows), options)
     basis = basis_columns(options) if randomized else 0
     passes = options.power_iterations if randomized else min(1, len(exact))
     stages = [
         _statistics_stage(
-            store,
+            totals,
             shape,
             options,
             randomized + (exact if number == 0 else []),
@@ -385,8 +412,7 @@ def _plan(
         StagePlan(
             name="write outputs",
             tasks=shape.blocks,
-            read_bytes=tensor_bytes
-            + sum(_frame_bytes(store, tensor, options.rows) for tensor in exact + randomized),
+            read_bytes=tensor_bytes + sum(totals.frame_bytes),
             write_bytes=sum(assembly.nbytes for assembly in assemblies),
             worker_bytes=planner.write_worker_bytes(shape, entry_capacity, len(assemblies)),
         )
@@ -404,7 +430,7 @@ def _plan(
 
 
 def _statistics_stage(
-    store: Store,
+    totals: BlockTotals,
     shape: planner.ModelShape,
     options: SubspaceOptions,
     tensors: Sequence[StoredTensor],
@@ -413,13 +439,12 @@ def _statistics_stage(
 ) -> StagePlan:
     tasks = read_bytes = 0
     for tensor in tensors:
-        for at in changed_blocks(store, tensor, options.rows):
-            frames = int(store.frame_bytes[: options.rows, at.column].sum(dtype=np.int64))
-            entries = int(store.changed[: options.rows, at.column].sum(dtype=np.int64))
+        for at in totals.changed_blocks(tensor):
             # A block whose changes do not fit is swept again for the second product.
-            sweeps = 1 if entries <= entry_capacity else 2
+            sweeps = 1 if totals.changes[at.column] <= entry_capacity else 2
             tasks += 1
-            read_bytes += at.elements * tensor.base_itemsize + sweeps * frames
+            read_bytes += at.elements * tensor.base_itemsize
+            read_bytes += sweeps * totals.frame_bytes[at.column]
     return StagePlan(
         name=f"statistics, pass {number + 1}",
         tasks=tasks,
@@ -432,11 +457,6 @@ def _statistics_stage(
             else 0,
         ),
     )
-
-
-def _frame_bytes(store: Store, tensor: StoredTensor, rows: int) -> int:
-    columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
-    return int(store.frame_bytes[:rows, columns].sum(dtype=np.int64))
 
 
 def _summary(

@@ -112,7 +112,7 @@ class _Call:
 
 def run_groups(
     groups: Sequence[Group[Task]],
-    work: Callable[[Task], Partial],
+    work: Callable[[Sequence[Task]], Sequence[Partial]],
     combine: Callable[[list[Partial]], Partial],
     finish: Callable[[Hashable, Partial], Result],
     *,
@@ -130,7 +130,8 @@ def run_groups(
     groups : sequence of Group
         Groups without tasks are left out of the result.
     work : callable
-        Called with each task, on a worker thread.
+        Called on a worker thread with one task, or with several small ones; returns a partial
+        result for each.
     combine : callable
         Combines partial results that stand next to each other in the group's order.
     finish : callable
@@ -175,7 +176,7 @@ def run_groups(
 
 def build_graph(
     groups: Sequence[Group[Task]],
-    work: Callable[[Task], Partial],
+    work: Callable[[Sequence[Task]], Sequence[Partial]],
     combine: Callable[[list[Partial]], Partial],
     finish: Callable[[Hashable, Partial], Result],
 ) -> tuple[dict[Any, Any], dict[Any, tuple[Hashable, ...]], dict[Any, int]]:
@@ -194,7 +195,7 @@ def build_graph(
         level = []
         for place, (task, size) in enumerate(zip(group.tasks, group.task_bytes, strict=True)):
             key = ("block", number, place)
-            graph[key] = (_Call(work, task),)
+            graph[key] = (_Call(_work_on_one, (work, task)),)
             sizes[key] = size
             level.append(key)
         depth = 0
@@ -230,15 +231,24 @@ def _bundles(groups: Sequence[Group[Task]]) -> Iterator[list[Group[Task]]]:
         yield bundle
 
 
+def _work_on_one(
+    parts: tuple[Callable[[Sequence[Task]], Sequence[Partial]], Task],
+) -> Partial:
+    work, task = parts
+    (partial,) = work([task])
+    return partial
+
+
 def _run_bundle(
     parts: tuple[
         list[Group[Task]],
-        Callable[[Task], Partial],
+        Callable[[Sequence[Task]], Sequence[Partial]],
         Callable[[Hashable, Partial], Result],
     ],
 ) -> list[Result]:
     bundle, work, finish = parts
-    return [finish(group.key, work(group.tasks[0])) for group in bundle]
+    partials = work([group.tasks[0] for group in bundle])
+    return [finish(group.key, partial) for group, partial in zip(bundle, partials, strict=True)]
 
 
 def _finish_one(
@@ -254,14 +264,14 @@ def _combine_all(combine: Callable[[list[Any]], Any], *partials: Any) -> Any:
 
 def run_in_order(
     groups: Sequence[Group[Task]],
-    work: Callable[[Task], Partial],
+    work: Callable[[Sequence[Task]], Sequence[Partial]],
     combine: Callable[[list[Partial]], Partial],
     finish: Callable[[Hashable, Partial], Result],
 ) -> dict[Hashable, Result]:
     """Run a stage as a plain loop with the same tree of sums: the reference for `run_groups`."""
     results: dict[Hashable, Result] = {}
     for group in groups:
-        level = [work(task) for task in group.tasks]
+        level = [_work_on_one((work, task)) for task in group.tasks]
         while len(level) > 1:
             level = [combine(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
         if level:

@@ -1,4 +1,4 @@
-"""The work of a build on one block: read it from every checkpoint, encode, measure, write frames.
+"""The work of a build on blocks: read them from every checkpoint, encode, measure, write frames.
 
 Each block task reads its block in step order, so a checkpoint byte is read once. What comes back
 are tables of the block and its share of the tensor's statistics, which add up over blocks.
@@ -7,8 +7,9 @@ are tables of the block and its share of the tensor's statistics, which add up o
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, frame_tools
+from relex_stream.blocks import (
+    BaseWeights,
+    BlockOf,
+    BlockReader,
+    Blocks,
+    Workspace,
+    float_formats,
+    frame_tools,
+    work_on_strips,
+)
 from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.matching import CheckpointPlaces
 from relex_stream.scan import (
     UNREADABLE,
+    ScanBlocks,
     ScanBuffers,
     ScanTables,
     scan_buffers,
@@ -60,27 +71,31 @@ class BlockStatistics:
     sketch: NDArray[np.float64] | None
 
     @classmethod
-    def of_block(
+    def of_blocks(
         cls,
         tables: ScanTables,
-        base_crc: int,
-        base_frame_bytes: int,
-        *,
-        sketched: bool,
-    ) -> BlockStatistics:
-        """Return the statistics of one block."""
-        return cls(
-            frame_bytes=tables.frame_bytes[:, None],
-            frame_crc=tables.frame_crc[:, None],
-            changed=tables.changed[:, None].astype(np.uint32),
-            source_crc=tables.source_crc[:, None],
-            base_crc=np.array([base_crc], np.uint32),
-            base_frame_bytes=np.array([base_frame_bytes], np.uint32),
-            nonfinite=tables.nonfinite_at >= 0,
-            change_sq=tables.change_sq,
-            delta_sq_growth=tables.delta_sq_growth,
-            sketch=tables.sketch if sketched else None,
-        )
+        base_crc: NDArray[np.uint32],
+        base_frame_bytes: NDArray[np.uint32],
+    ) -> list[BlockStatistics]:
+        """Return the statistics of each block of the tables."""
+        changed = tables.changed.astype(np.uint32)
+        nonfinite = tables.nonfinite_at >= 0
+        sketched = tables.sketch.shape[2] > 0
+        return [
+            cls(
+                frame_bytes=tables.frame_bytes[block, :, None],
+                frame_crc=tables.frame_crc[block, :, None],
+                changed=changed[block, :, None],
+                source_crc=tables.source_crc[block, :, None],
+                base_crc=base_crc[block : block + 1],
+                base_frame_bytes=base_frame_bytes[block : block + 1],
+                nonfinite=nonfinite[block],
+                change_sq=tables.change_sq[block],
+                delta_sq_growth=tables.delta_sq_growth[block],
+                sketch=tables.sketch[block] if sketched else None,
+            )
+            for block in range(len(changed))
+        ]
 
     @staticmethod
     def combine(parts: list[BlockStatistics]) -> BlockStatistics:
@@ -142,11 +157,20 @@ class Ingest:
         for tensor in tied_tensors:
             assert tensor.tied_to is not None
             self._heads_of.setdefault(tensor.tied_to, []).append(tensor)
+        self._files_of = _classes(checkpoint.file_of for checkpoint in checkpoints)
         self._local = threading.local()
 
-    def run(self, blocks: tuple[BlockOf, ...]) -> BlockStatistics:
-        """Ingest neighbouring blocks of one tensor."""
-        return BlockStatistics.combine([self._ingest(at) for at in blocks])
+    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[BlockStatistics]:
+        """Ingest neighbouring blocks, those of a task of one tensor."""
+        results = work_on_strips(tasks, self._kind_of, self._ingest)
+        return [BlockStatistics.combine(result) for result in results]
+
+    def _kind_of(self, at: BlockOf) -> Hashable:
+        """Keep in one strip what lies in the same file of every checkpoint, sketched or not."""
+        formats = float_formats(at)
+        if formats is None or at.tensor.name in self._heads_of:
+            return None
+        return formats, at.tensor.sketch_row >= 0, int(self._files_of[at.tensor.index])
 
     @property
     def _workspace(self) -> Workspace:
@@ -155,12 +179,17 @@ class Ingest:
             workspace = self._local.workspace = Workspace()
         return workspace
 
-    def _ingest(self, at: BlockOf) -> BlockStatistics:
+    def _ingest(self, at: Blocks) -> list[BlockStatistics]:
         base_bits, base_crc = self._base.read(at, self._workspace)
-        base_frame_bytes = self._keep_base(at, base_bits) if self._include_base else 0
-        if at.tensor.kind == "constant":
-            return self._compare_constant(at, base_bits, base_crc, base_frame_bytes)
-        return self._encode_steps(at, base_bits, base_crc, base_frame_bytes)
+        base_frame_bytes = np.zeros(len(at.blocks), np.uint32)
+        if self._include_base:
+            for number, (low, high) in enumerate(pairwise(at.bounds)):
+                base_frame_bytes[number] = self._keep_base(at.blocks[number], base_bits[low:high])
+        if isinstance(at, BlockOf) and at.tensor.kind == "constant":
+            tables = self._compare_constant(at, base_bits, base_crc)
+        else:
+            tables = self._encode_steps(at, base_bits)
+        return BlockStatistics.of_blocks(tables, base_crc, base_frame_bytes)
 
     def _keep_base(self, at: BlockOf, base_bits: Bits) -> int:
         zero = self._workspace.array("state", at.elements, base_bits.dtype)
@@ -185,8 +214,8 @@ class Ingest:
         return out
 
     def _compare_constant(
-        self, at: BlockOf, base_bits: Bits, base_crc: int, base_frame_bytes: int
-    ) -> BlockStatistics:
+        self, at: BlockOf, base_bits: Bits, base_crc: NDArray[np.uint32]
+    ) -> ScanTables:
         for index, checkpoint in enumerate(self._checkpoints):
             now = self._read_step(at, index, "other", at.tensor)
             if not np.array_equal(now, base_bits):
@@ -196,17 +225,18 @@ class Ingest:
                     "base; only BF16, F16 and F32 tensors may change. Leave that step out with "
                     "--steps"
                 )
-        tables = scan_tables(len(self._checkpoints), 0)
+        tables = scan_tables(1, len(self._checkpoints), 0)
         tables.source_crc[:] = base_crc
-        return BlockStatistics.of_block(tables, base_crc, base_frame_bytes, sketched=False)
+        return tables
 
-    def _encode_steps(
-        self, at: BlockOf, base_bits: Bits, base_crc: int, base_frame_bytes: int
-    ) -> BlockStatistics:
+    def _encode_steps(self, at: Blocks, base_bits: Bits) -> ScanTables:
         workspace = self._workspace
         base = workspace.array("wide base", at.elements, at.format.bits_dtype)
         widen(base_bits, at.base_format, at.format, base)
-        self._check_tied_base(at, base_bits)
+        first = at.blocks[0]
+        heads = self._heads_of.get(first.tensor.name, ())
+        if heads:
+            self._check_tied_base(first, base_bits)
         if self._store is not None and self._rows:
             reader = BlockReader(self._store, self._base, workspace)
             state = reader.bits_at(at, base_bits, self._rows)
@@ -214,58 +244,97 @@ class Ingest:
             state = workspace.array("state", at.elements, at.format.bits_dtype)
             np.copyto(state, base)
         steps = len(self._checkpoints)
-        sketched = at.tensor.sketch_row >= 0
-        tables = scan_tables(steps, self._sketch_width if sketched else 0)
-        frames = _Frames(self, at)
-        buffers = self._scan_buffers(at)
-        key = sketch_key(self._seed, at.tensor.name)
-        heads = self._heads_of.get(at.tensor.name, ())
+        sketched = first.tensor.sketch_row >= 0
+        tables = scan_tables(len(at.blocks), steps, self._sketch_width if sketched else 0)
+        frames = [_Frames(self, block) for block in at.blocks]
         # A head that is tied to this tensor is compared with the state after every single step.
         run = 1 if heads else min(_MOST_FILES, self._reader.max_open)
-        index = attempts = 0
-        while index < steps:
-            places = [
-                self._place(at, step, at.tensor) for step in range(index, min(steps, index + run))
-            ]
-            with self._reader.borrow([path for path, _ in places]) as descriptors:
-                offsets = [offset for _, offset in places]
-                taken, reason = scan_steps(
+        for low in range(0, steps, run):
+            self._scan_run(at, low, min(steps, low + run), base, state, tables, frames)
+            if heads:
+                self._check_tied_step(first, low, state)
+        if not self._allow_nonfinite and (tables.nonfinite_at >= 0).any():
+            number, index = map(int, np.argwhere(tables.nonfinite_at >= 0)[0])
+            position = int(tables.nonfinite_at[number, index])
+            raise self._nonfinite_error(at.blocks[number], index, position)
+        return tables
+
+    def _scan_run(
+        self,
+        at: Blocks,
+        low: int,
+        high: int,
+        base: Bits,
+        state: Bits,
+        tables: ScanTables,
+        frames: Sequence[_Frames],
+    ) -> None:
+        """Take blocks through the steps ``low : high`` of the batch, all files open at once."""
+        indices = [block.tensor.index for block in at.blocks]
+        starts = np.array([block.start for block in at.blocks], np.int64)
+        checkpoints = self._checkpoints[low:high]
+        # All blocks of a strip lie in the same files.
+        paths = [checkpoint.files[checkpoint.file_of[indices[0]]] for checkpoint in checkpoints]
+        offsets = np.stack([checkpoint.offset_of[indices] for checkpoint in checkpoints], axis=1)
+        offsets += starts[:, None] * at.format.itemsize
+        keys = np.zeros(len(at.blocks), np.uint64)
+        if tables.sketch.shape[2] > 0:
+            keys[:] = [sketch_key(self._seed, block.tensor.name) for block in at.blocks]
+        blocks = ScanBlocks(at.bounds, base, state, at.format.number, starts, keys)
+        buffers = self._scan_buffers(at)
+        done = attempts = 0
+        while done < offsets.size:
+            before = done
+            with self._reader.borrow(paths) as descriptors:
+                done, reason = scan_steps(
                     np.array(descriptors, np.int32),
-                    np.array(offsets, np.int64),
-                    index,
-                    (self._rows + index) % STEP_GROUP,
-                    base,
-                    state,
-                    at.format.number,
-                    at.start,
-                    key,
+                    offsets,
+                    done,
+                    low,
+                    (self._rows + low) % STEP_GROUP,
+                    blocks,
                     buffers,
                     tables,
                 )
-            frames.write(index, tables.frame_bytes[index : index + taken], buffers.frames)
+            self._keep_frames(before, done, low, high, tables, frames, buffers.frames)
             if reason == UNREADABLE:
                 # Names what is wrong; if nothing is any more, the step is taken up again.
-                self._read_step(at, index + taken, "other", at.tensor)
+                number, step = divmod(done, high - low)
+                self._read_step(at.blocks[number], low + step, "other", at.blocks[number].tensor)
                 attempts += 1
                 if attempts > _MOST_ATTEMPTS:
-                    raise SourceError(f"{places[taken][0]}: reading fails again and again")
-            elif heads:
-                self._check_tied_step(at, index, state)
-            index += taken
-        if not self._allow_nonfinite and (tables.nonfinite_at >= 0).any():
-            raise self._nonfinite_error(at, tables.nonfinite_at)
-        return BlockStatistics.of_block(tables, base_crc, base_frame_bytes, sketched=sketched)
+                    raise SourceError(f"{paths[step]}: reading fails again and again")
 
-    def _scan_buffers(self, at: BlockOf) -> ScanBuffers:
-        codec, changes = frame_tools(self._workspace, at.tensor.block_elements, at.format.itemsize)
+    @staticmethod
+    def _keep_frames(
+        before: int,
+        done: int,
+        low: int,
+        high: int,
+        tables: ScanTables,
+        frames: Sequence[_Frames],
+        data: NDArray[np.uint8],
+    ) -> None:
+        """Write what one call of the kernel packed: pairs of blocks and steps ``before : done``."""
+        steps = high - low
+        used = 0
+        for number in range(before // steps, -(-done // steps)):
+            first = low + max(0, before - number * steps)
+            stop = low + min(steps, done - number * steps)
+            sizes = tables.frame_bytes[number, first:stop]
+            end = used + int(sizes.sum())
+            frames[number].write(first, sizes, data[used:end])
+            used = end
+
+    def _scan_buffers(self, at: Blocks) -> ScanBuffers:
+        elements = at.blocks[0].tensor.block_elements
+        codec, changes = frame_tools(self._workspace, elements, at.format.itemsize)
         kept: ScanBuffers | None = getattr(self._local, "buffers", None)
         if kept is None or kept.zigzags is not changes.zigzags:
             kept = self._local.buffers = scan_buffers(codec, changes)
         return kept
 
-    def _nonfinite_error(self, at: BlockOf, positions: NDArray[np.int64]) -> TrajectoryError:
-        index = int(np.flatnonzero(positions >= 0)[0])
-        position = int(positions[index])
+    def _nonfinite_error(self, at: BlockOf, index: int, position: int) -> TrajectoryError:
         pattern = int(self._read_step(at, index, "other", at.tensor)[position])
         checkpoint = self._checkpoints[index]
         return TrajectoryError(
@@ -310,6 +379,20 @@ class Ingest:
     def first_row(self) -> int:
         """Row of the batch's first step in the store."""
         return self._rows
+
+
+def _classes(tables: Iterable[NDArray[Any]]) -> NDArray[np.int64]:
+    """Return a number per column of some tables, equal where the columns are equal in all."""
+    classes: NDArray[np.int64] | None = None
+    last: NDArray[Any] | None = None
+    for table in tables:
+        if last is not None and np.array_equal(table, last):
+            continue
+        # Two at a time: with hundreds of checkpoints, whole columns would be long to compare.
+        pairs = table if classes is None else classes * (int(table.max()) + 2) + table
+        classes, last = np.unique(pairs, return_inverse=True)[1], table
+    assert classes is not None
+    return classes
 
 
 class _Frames:

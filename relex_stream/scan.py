@@ -1,4 +1,4 @@
-"""One block through many checkpoints in one compiled call: read, check, compare, measure, pack.
+"""Blocks through many checkpoints in one compiled call: read, check, compare, measure, pack.
 
 This loop is where a build spends its time, so nothing of Python runs in it: a piece of the block is
 read into a buffer that stays in the processor's cache, its checksum taken, compared with the step
@@ -47,22 +47,47 @@ class ScanBuffers(NamedTuple):
     frames: NDArray[np.uint8]
 
 
-class ScanTables(NamedTuple):
-    """What `scan_steps` finds out, one entry per step.
+class ScanBlocks(NamedTuple):
+    """Blocks of one format, one behind the other.
 
     Attributes
     ----------
-    changed : ndarray of int64, shape (T,)
+    bounds : ndarray of int64, shape (n + 1,)
+        Block i has the elements ``bounds[i] : bounds[i + 1]`` of `base` and `state`.
+    base, state : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns at the base, and at the last step taken.
+    format_number : int
+        `FloatFormat.number` of them.
+    first_elements : ndarray of int64, shape (n,)
+        Offset of each block in its tensor, for the sketch.
+    keys : ndarray of uint64, shape (n,)
+        Of the sketches.
+    """
+
+    bounds: NDArray[np.int64]
+    base: Bits
+    state: Bits
+    format_number: int
+    first_elements: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+
+
+class ScanTables(NamedTuple):
+    """What `scan_steps` finds out, one entry per block and step.
+
+    Attributes
+    ----------
+    changed : ndarray of int64, shape (n, T)
         Changed elements.
-    source_crc : ndarray of uint32, shape (T,)
+    source_crc : ndarray of uint32, shape (n, T)
         CRC-32C of the block's bytes.
-    change_sq, delta_sq_growth : ndarray of float64, shape (T,)
+    change_sq, delta_sq_growth : ndarray of float64, shape (n, T)
         Sum of squares of the changes; what they add to that of ``step - base``.
-    nonfinite_at : ndarray of int64, shape (T,)
-        First element that is not finite where the base is; -1 for none.
-    sketch : ndarray of float64, shape (T, width)
+    nonfinite_at : ndarray of int64, shape (n, T)
+        First element of the block that is not finite where the base is; -1 for none.
+    sketch : ndarray of float64, shape (n, T, width)
         ``D Omega``; width 0 for tensors without a sketch.
-    frame_bytes, frame_crc : ndarray of uint32, shape (T,)
+    frame_bytes, frame_crc : ndarray of uint32, shape (n, T)
         Bytes and CRC-32C of the step's frame; 0 for none.
     """
 
@@ -92,17 +117,18 @@ def scan_buffers(codec: FrameCodec, changes: Changes) -> ScanBuffers:
     )
 
 
-def scan_tables(steps: int, sketch_width: int) -> ScanTables:
-    """Return empty tables for `steps` steps."""
+def scan_tables(blocks: int, steps: int, sketch_width: int) -> ScanTables:
+    """Return empty tables for `blocks` blocks at `steps` steps."""
+    shape = (blocks, steps)
     return ScanTables(
-        changed=np.zeros(steps, np.int64),
-        source_crc=np.zeros(steps, np.uint32),
-        change_sq=np.zeros(steps),
-        delta_sq_growth=np.zeros(steps),
-        nonfinite_at=np.full(steps, -1, np.int64),
-        sketch=np.zeros((steps, sketch_width)),
-        frame_bytes=np.zeros(steps, np.uint32),
-        frame_crc=np.zeros(steps, np.uint32),
+        changed=np.zeros(shape, np.int64),
+        source_crc=np.zeros(shape, np.uint32),
+        change_sq=np.zeros(shape),
+        delta_sq_growth=np.zeros(shape),
+        nonfinite_at=np.full(shape, -1, np.int64),
+        sketch=np.zeros((*shape, sketch_width)),
+        frame_bytes=np.zeros(shape, np.uint32),
+        frame_crc=np.zeros(shape, np.uint32),
     )
 
 
@@ -121,41 +147,88 @@ def _read_piece(descriptor, offset, raw):  # type: ignore[no-untyped-def]
     return True
 
 
+@njit
+def _scan_step(descriptor, offset, blocks, buffers, tables, block, step):  # type: ignore[no-untyped-def]
+    """Take a block through one step; return how many elements changed, -1 if it is unreadable."""
+    here = slice(blocks.bounds[block], blocks.bounds[block + 1])
+    base, state = blocks.base[here], blocks.state[here]
+    itemsize = state.itemsize
+    piece = (buffers.raw.size - PAGE_BYTES) // itemsize
+    found = 0
+    crc = np.uint32(0)
+    lead = _page_lead(np.int64(buffers.raw.ctypes.data), offset)
+    after = buffers.after[lead // itemsize :]
+    for first in range(0, state.size, piece):
+        stop = min(state.size, first + piece)
+        raw = buffers.raw[lead : lead + (stop - first) * itemsize]
+        if not _read_piece(descriptor, offset + first * itemsize, raw):
+            retreat(state, buffers.positions, buffers.zigzags, found)
+            tables.sketch[block, step] = 0.0
+            tables.change_sq[block, step] = tables.delta_sq_growth[block, step] = 0.0
+            tables.nonfinite_at[block, step] = -1
+            return -1
+        crc = checksum.extend(crc, raw)
+        positions = buffers.positions[found:]
+        count = find_changes(
+            state[first:stop],
+            after[: stop - first],
+            positions,
+            buffers.zigzags[found:],
+        )
+        if count == 0:
+            continue
+        change_sq, growth, nonfinite_at = take_changes(
+            base,
+            state,
+            after,
+            first,
+            positions,
+            count,
+            blocks.format_number,
+            buffers.values,
+        )
+        tables.change_sq[block, step] += change_sq
+        tables.delta_sq_growth[block, step] += growth
+        if tables.nonfinite_at[block, step] < 0:
+            tables.nonfinite_at[block, step] = nonfinite_at
+        if tables.sketch.shape[2] > 0:
+            add_to_sketch(
+                positions,
+                buffers.values,
+                count,
+                blocks.first_elements[block],
+                blocks.keys[block],
+                tables.sketch[block, step],
+            )
+        found += count
+    tables.source_crc[block, step] = crc
+    tables.changed[block, step] = found
+    return found
+
+
 @kernel
 def scan_steps(  # type: ignore[no-untyped-def]
-    descriptors,
-    offsets,
-    first_step,
-    first_row,
-    base,
-    state,
-    format_number,
-    first_element,
-    key,
-    buffers,
-    tables,
+    descriptors, offsets, done, first_step, first_row, blocks, buffers, tables
 ):
-    """Take a block from the state before step `first_step` through the steps after it.
+    """Take blocks from the state before step `first_step` through the steps after it.
+
+    One block after the other, each through all the steps: pair number p is block ``p // T`` at the
+    step ``p % T`` of these.
 
     Parameters
     ----------
-    descriptors : ndarray of int32, shape (n,)
-        Open files of the steps ``first_step`` to ``first_step + n - 1`` of the tables.
-    offsets : ndarray of int64, shape (n,)
-        Where the block begins in each.
+    descriptors : ndarray of int32, shape (T,)
+        Open files of the steps ``first_step`` to ``first_step + T - 1`` of the tables.
+    offsets : ndarray of int64, shape (n, T)
+        Where each block begins in each.
+    done : int
+        Pairs taken by earlier calls.
     first_step : int
-        Row of the tables that the first descriptor belongs to.
+        Column of the tables that the first descriptor belongs to.
     first_row : int
         Row of its frame within the chunk; later rows count on from 0 behind the chunk's last.
-    base, state : ndarray of uint16 or uint32, shape (b,)
-        Bit patterns at the base and at the step before; `state` is brought up to the last step
-        taken.
-    format_number : int
-        `FloatFormat.number` of the weights.
-    first_element : int
-        Offset of the block in its tensor, for the sketch.
-    key : uint64
-        Of the sketch.
+    blocks : ScanBlocks
+        Their `state` is brought up to the last step taken.
     buffers : ScanBuffers
         Frames are put one behind the other, from the start of ``buffers.frames``.
     tables : ScanTables
@@ -163,63 +236,24 @@ def scan_steps(  # type: ignore[no-untyped-def]
 
     Returns
     -------
-    steps : int
-        Steps taken.
+    done : int
+        Pairs taken by now.
     reason : int
         `DONE`, `FULL` or `UNREADABLE`.
     """
-    itemsize = state.itemsize
-    piece = (buffers.raw.size - PAGE_BYTES) // itemsize
+    steps = descriptors.size
     room = buffers.frames.size - FRAMES_BYTES
     used = 0
-    for number in range(descriptors.size):
-        step = first_step + number
+    for pair in range(done, offsets.size):
         if buffers.frames.size - used < room:
-            return number, FULL
-        found = 0
-        crc = np.uint32(0)
-        lead = _page_lead(np.int64(buffers.raw.ctypes.data), offsets[number])
-        after = buffers.after[lead // itemsize :]
-        for first in range(0, state.size, piece):
-            stop = min(state.size, first + piece)
-            raw = buffers.raw[lead : lead + (stop - first) * itemsize]
-            if not _read_piece(descriptors[number], offsets[number] + first * itemsize, raw):
-                retreat(state, buffers.positions, buffers.zigzags, found)
-                tables.sketch[step] = 0.0
-                tables.change_sq[step] = tables.delta_sq_growth[step] = 0.0
-                tables.nonfinite_at[step] = -1
-                return number, UNREADABLE
-            crc = checksum.extend(crc, raw)
-            positions = buffers.positions[found:]
-            count = find_changes(
-                state[first:stop],
-                after[: stop - first],
-                positions,
-                buffers.zigzags[found:],
-            )
-            if count == 0:
-                continue
-            change_sq, growth, nonfinite_at = take_changes(
-                base,
-                state,
-                after,
-                first,
-                positions,
-                count,
-                format_number,
-                buffers.values,
-            )
-            tables.change_sq[step] += change_sq
-            tables.delta_sq_growth[step] += growth
-            if tables.nonfinite_at[step] < 0:
-                tables.nonfinite_at[step] = nonfinite_at
-            if tables.sketch.shape[1] > 0:
-                add_to_sketch(
-                    positions, buffers.values, count, first_element, key, tables.sketch[step]
-                )
-            found += count
-        tables.source_crc[step] = crc
-        tables.changed[step] = found
+            return pair, FULL
+        block, number = pair // steps, pair % steps
+        step = first_step + number
+        found = _scan_step(
+            descriptors[number], offsets[block, number], blocks, buffers, tables, block, step
+        )
+        if found < 0:
+            return pair, UNREADABLE
         if found > 0:
             frame = buffers.frames[used:]
             size = put_frame(
@@ -227,12 +261,12 @@ def scan_steps(  # type: ignore[no-untyped-def]
                 buffers.positions,
                 buffers.zigzags,
                 found,
-                state.size,
+                blocks.bounds[block + 1] - blocks.bounds[block],
                 buffers.streams,
                 buffers.handles,
                 frame,
             )
-            tables.frame_bytes[step] = size
-            tables.frame_crc[step] = crc_of_frame(frame)
+            tables.frame_bytes[block, step] = size
+            tables.frame_crc[block, step] = crc_of_frame(frame)
             used += size
-    return descriptors.size, DONE
+    return offsets.size, DONE

@@ -346,6 +346,20 @@ def cumulate_transposed(rows: Float64) -> Float64:
     return np.cumsum(rows[::-1], axis=0)[::-1].copy()
 
 
+@kernel
+def _cumulate_gram(lower, out):  # type: ignore[no-untyped-def]
+    """Write ``L G L^T`` to the lower triangle of `out`, for G symmetric of which one is given."""
+    for row in range(out.shape[0]):
+        total = 0.0
+        for column in range(row + 1):
+            # What row - 1 and column has is above the diagonal there, and the same mirrored.
+            total += lower[row, column]
+            above = 0.0
+            if row > 0:
+                above = out[row - 1, column] if column < row else out[row, column - 1]
+            out[row, column] = total + above
+
+
 @dataclass(frozen=True)
 class Subspace:
     """Top left singular vectors of M.
@@ -380,10 +394,9 @@ def subspace_of_gram(changes_gram: Float64, rank: int) -> Subspace:
     -----
     Singular values below about 1e-7 of the largest are lost in the squares.
     """
-    lower = np.tril(changes_gram)
-    full = lower + np.tril(lower, -1).T
-    gram = np.cumsum(np.cumsum(full, axis=0), axis=1)
-    eigenvalues, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    gram = np.zeros_like(changes_gram)
+    _cumulate_gram(changes_gram, gram)
+    eigenvalues, vectors = np.linalg.eigh(gram)
     return _leading(vectors[:, ::-1], eigenvalues[::-1], rank)
 
 

@@ -6,6 +6,7 @@ Nothing here opens a file or does arithmetic on weights; everything can be pickl
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,6 +121,24 @@ class SourceCheckpoint:
     def nbytes(self) -> int:
         """Bytes of all weights files."""
         return sum(file.size for file in self.weights_files)
+
+
+def joined_pieces(pieces: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Join pieces of files, each (path, offset, bytes), that follow each other there and here.
+
+    Examples
+    --------
+    >>> joined_pieces([("a", 0, 5), ("a", 5, 3), ("a", 9, 1), ("b", 10, 1)])
+    [('a', 0, 8), ('a', 9, 1), ('b', 10, 1)]
+    """
+    joined: list[tuple[str, int, int]] = []
+    for path, offset, nbytes in pieces:
+        last_path, start, size = joined[-1] if joined else ("", 0, 0)
+        if last_path == path and start + size == offset:
+            joined[-1] = (path, start, size + nbytes)
+        else:
+            joined.append((path, offset, nbytes))
+    return joined
 
 
 class Progress(Protocol):

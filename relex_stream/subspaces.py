@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream import planner
-from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace
+from relex_stream.blocks import (
+    BaseWeights,
+    BlockOf,
+    BlockReader,
+    Blocks,
+    Workspace,
+    float_formats,
+    work_on_strips,
+)
 from relex_stream.graph import grouped, map_in_threads, run_groups
 from relex_stream.sketch import (
     OVERSAMPLING,
@@ -77,21 +85,38 @@ def split_routes(
     return exact, randomized
 
 
-def changed_blocks(store: Store, tensor: StoredTensor, rows: int) -> list[BlockOf]:
-    """Return the blocks of a tensor that any of the first `rows` steps changed."""
-    columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
-    touched = store.changed[:rows, columns].any(axis=0)
-    return [BlockOf(tensor, block) for block in np.flatnonzero(touched).tolist()]
-
-
 _CHANGE_WORK = 16
 """A change costs about as much as this many bytes of a block that are only read."""
 
 
-def block_work(store: Store, at: BlockOf, rows: int) -> int:
-    """Return how much work a block is, in bytes: its weights, and its changes at their cost."""
-    changes = int(store.changed[:rows, at.column].sum(dtype=np.int64))
-    return at.elements * at.tensor.base_itemsize + _CHANGE_WORK * changes
+@dataclass(frozen=True)
+class BlockTotals:
+    """What the first rows of a store hold, a number per block: lists, as blocks may be very many.
+
+    Attributes
+    ----------
+    changes, frame_bytes : list of int
+    """
+
+    changes: list[int]
+    frame_bytes: list[int]
+
+    @classmethod
+    def of(cls, store: Store, rows: int) -> BlockTotals:
+        """Add up the first `rows` rows."""
+        return cls(
+            store.changed[:rows].sum(axis=0, dtype=np.int64).tolist(),
+            store.frame_bytes[:rows].sum(axis=0, dtype=np.int64).tolist(),
+        )
+
+    def changed_blocks(self, tensor: StoredTensor) -> list[BlockOf]:
+        """Return the blocks of a tensor that changed."""
+        blocks = (BlockOf(tensor, block) for block in range(tensor.blocks))
+        return [at for at in blocks if self.changes[at.column]]
+
+    def work(self, at: BlockOf) -> int:
+        """Return how much work a block is, in bytes: its weights, and its changes at their cost."""
+        return at.elements * at.tensor.base_itemsize + _CHANGE_WORK * self.changes[at.column]
 
 
 class _BlockSums:
@@ -112,31 +137,29 @@ class _BlockSums:
         self._weights = {key: cumulate_transposed(basis) for key, basis in bases.items()}
         self._local = threading.local()
 
-    def run(self, blocks: tuple[BlockOf, ...]) -> Float64:
-        """Return the blocks' share of ``D P`` (T, k), or of ``D D^T`` (T, T)."""
+    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[Float64]:
+        """Return each task's share of its tensor's ``D P`` (T, k), or of ``D D^T`` (T, T)."""
         if not hasattr(self._local, "workspace"):
             self._local.workspace = Workspace()
         workspace: Workspace = self._local.workspace
         reader = BlockReader(self._store, self._base, workspace, self._entry_capacity)
-        weights = self._weights.get(blocks[0].tensor.index)
-        if weights is None:
-            total = np.zeros((self._rows, self._rows))
-            for at in blocks:
-                self._add_gram(reader, at, workspace, total)
-        else:
-            total = np.zeros(weights.shape)
-            for at in blocks:
-                self._add_products(reader, at, workspace, weights, total)
-        return total
 
-    def _add_products(
-        self,
-        reader: BlockReader,
-        at: BlockOf,
-        workspace: Workspace,
-        weights: Float64,
-        total: Float64,
-    ) -> None:
+        def shares(at: Blocks) -> list[Float64]:
+            weights = self._weights.get(at.blocks[0].tensor.index)
+            if weights is None:
+                return self._grams(reader, at, workspace)
+            return [self._products(reader, at, workspace, weights)]
+
+        return [_added(parts) for parts in work_on_strips(tasks, self._kind_of, shares)]
+
+    def _kind_of(self, at: BlockOf) -> Hashable:
+        # A product is summed in the order of the tiles, which must not depend on what lies beside.
+        return None if at.tensor.index in self._weights else float_formats(at)
+
+    def _products(
+        self, reader: BlockReader, at: Blocks, workspace: Workspace, weights: Float64
+    ) -> Float64:
+        total = np.zeros(weights.shape)
         changes = reader.change_rows(at, reader.base_bits(at), self._rows)
         # P = M^T Q = D^T (L^T Q). float32: an element's sum over steps carries a few 1e-7, which
         # average out over the block's elements in D P, taken in float64.
@@ -144,31 +167,34 @@ class _BlockSums:
         projected = workspace.array("projected", (columns, weights.shape[1]), np.float32)
         if changes.fits:
             sweep_products(changes.at_hand(), weights, projected, total)
-            return
+            return total
         projected[:] = 0
         for batch in changes.batches():
             add_weighted_rows(batch, 0, weights, projected)
         for batch in changes.batches():
             add_products(batch, 0, projected, total)
+        return total
 
-    def _add_gram(
-        self, reader: BlockReader, at: BlockOf, workspace: Workspace, total: Float64
-    ) -> None:
+    def _grams(self, reader: BlockReader, at: Blocks, workspace: Workspace) -> list[Float64]:
+        totals = [np.zeros((self._rows, self._rows)) for _ in at.blocks]
         changes = reader.change_rows(at, reader.base_bits(at), self._rows)
         # Needs all rows of a column at once: where they do not fit, each tile is a sweep.
         for tile in changes.tiles(planner.gram_columns(self._rows)):
             if changes.fits:
                 for batch in tile.batches():
-                    add_gram(batch, tile.first, tile.columns, total)
+                    add_gram(batch, tile.first, tile.columns, totals[tile.block])
                 continue
             dense = workspace.array("columns", (self._rows, tile.columns), np.float64)
             dense[:] = 0
             for batch in tile.batches():
                 scatter_columns(batch, tile.first, dense)
-            total += dense @ dense.T
+            totals[tile.block] += dense @ dense.T
+        return totals
 
 
 def _added(parts: list[Float64]) -> Float64:
+    if len(parts) == 1:
+        return parts[0]
     total = parts[0].copy()
     for part in parts[1:]:
         total += part
@@ -201,6 +227,7 @@ def solve_subspaces(
     iteration for the randomized one.
     """
     exact, randomized = split_routes(changed_tensors(store, options.rows), options)
+    totals = BlockTotals.of(store, options.rows)
     bases: dict[Hashable, Float64] = dict(
         map_in_threads(
             partial(_basis, options.rank), store.sketch_rows(randomized, options.rows), workers
@@ -214,8 +241,8 @@ def solve_subspaces(
             grouped(
                 (
                     tensor.index,
-                    changed_blocks(store, tensor, options.rows),
-                    lambda at: block_work(store, at, options.rows),
+                    totals.changed_blocks(tensor),
+                    totals.work,
                 )
                 for tensor in base.in_file_order(tensors)
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,10 +52,13 @@ class BlockCheck:
         self._base = base
         self._local = threading.local()
 
-    def run(self, blocks: tuple[BlockOf, ...]) -> _Found:
-        """Check neighbouring blocks of one tensor."""
+    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[_Found]:
+        """Check the blocks of each task."""
         if not hasattr(self._local, "workspace"):
             self._local.workspace = Workspace()
+        return [self._check(blocks) for blocks in tasks]
+
+    def _check(self, blocks: tuple[BlockOf, ...]) -> _Found:
         found = _Found()
         for at in blocks:
             self._check_included_base(at, found)

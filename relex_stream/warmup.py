@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from relex_stream.checksum import extend_each
 from relex_stream.codec import Changes, FrameCodec, take_frames
-from relex_stream.scan import scan_buffers, scan_steps, scan_tables
+from relex_stream.scan import ScanBlocks, scan_buffers, scan_steps, scan_tables
 from relex_stream.sketch import (
     SKETCH_WIDTH,
     ChangeRows,
@@ -24,6 +25,7 @@ from relex_stream.sketch import (
     add_products,
     add_weighted_rows,
     scatter_columns,
+    subspace_of_gram,
 )
 from relex_stream.specs import Progress
 from relex_stream.store.records import StoredTensor
@@ -84,9 +86,10 @@ def _warm_up_encoding(tensors: Iterable[StoredTensor]) -> None:
     for fmt in _formats(tensors):
         before, after, changes = _round_trip(fmt)
         buffers = scan_buffers(FrameCodec(_ELEMENTS, fmt.itemsize), changes)
-        nowhere = np.zeros(0, np.int32), np.zeros(0, np.int64)
-        tables = scan_tables(0, SKETCH_WIDTH)
-        scan_steps(*nowhere, 0, 0, before, after, fmt.number, 0, np.uint64(0), buffers, tables)
+        none, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+        blocks = ScanBlocks(np.zeros(1, np.int64), before, after, fmt.number, none, keys)
+        nowhere = np.zeros(0, np.int32), np.zeros((0, 0), np.int64)
+        scan_steps(*nowhere, 0, 0, 0, blocks, buffers, scan_tables(0, 0, SKETCH_WIDTH))
 
 
 def _warm_up_decoding(tensors: Iterable[StoredTensor]) -> None:
@@ -133,7 +136,9 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
         add_weighted_rows(rows, 0, np.ones((1, 1)), projected)
         add_weighted_rows(rows, 0, np.ones((1, 1)), np.zeros((_ELEMENTS, 1)))
         add_products(rows, 0, projected, np.zeros((1, 1)))
-        add_gram(rows, 0, _ELEMENTS, np.zeros((1, 1)))
+        gram = np.zeros((1, 1))
+        add_gram(rows, 0, _ELEMENTS, gram)
+        subspace_of_gram(gram, 1)
         scatter_columns(rows, 0, np.zeros((1, _ELEMENTS)))
 
 
@@ -153,4 +158,5 @@ def _round_trip(fmt: FloatFormat) -> tuple[np.ndarray, np.ndarray, Changes]:
         changes.find(before, after)
         frame = codec.encode(0, changes, _ELEMENTS)
         codec.decode(memoryview(frame), _ELEMENTS, decoded)
+    extend_each(np.zeros(1, np.uint8), np.array([0, 1]), np.zeros(1, np.uint32))
     return before, after, decoded

@@ -79,7 +79,7 @@ def take(frames, elements=100, itemsize=2, capacity=None, sizes=None):
     good, finding = take_frames(
         np.frombuffer(b"".join(frames), np.uint8).copy(),
         np.array(sizes, np.int64),
-        elements,
+        *(np.full(len(sizes), elements), np.zeros(len(sizes), np.int64)),
         *(streams.room, contexts.handles, positions.room, zigzags.room),
         table.room.reshape(3, len(sizes)),
     )
@@ -708,17 +708,23 @@ def test_frames_lie_one_behind_the_other_and_so_do_their_changes():
     in_all = sum(len(positions) for _, positions, _ in expected)
     assert take(frames, elements, itemsize, capacity=in_all) == (GOOD, expected)
     assert take([], elements) == (GOOD, [])
-    # Through the class that owns the buffers.
+    # Through the class that owns the buffers, as if of neighbouring blocks.
     sizes = np.array([len(frame) for frame in frames])
+    firsts = np.array([0, 0, 500, 1000, 70_000])
+    places = np.full(5, elements), firsts
     back = Changes(in_all, itemsize)
     table = codec.decode_frames(
-        np.frombuffer(b"".join(frames), np.uint8).copy(), sizes, elements, back
+        np.frombuffer(b"".join(frames), np.uint8).copy(), sizes, *places, back
     )
     assert table[0].tolist() == [row for row, _, _ in expected]
     assert table[1].tolist() == [len(positions) for _, positions, _ in expected]
     assert table[2].tolist() == [frame_crc(frame) for frame in frames]
     assert back.count == in_all
-    assert back.positions.tolist() == [p for _, positions, _ in expected for p in positions]
+    assert back.positions.tolist() == [
+        first + p
+        for first, (_, positions, _) in zip(firsts, expected, strict=True)
+        for p in positions
+    ]
     assert back.zigzags.tolist() == [z for _, _, zigzags in expected for z in zigzags]
     # One that is wrong: those before it are given, it and those behind it are not.
     for place in range(5):
@@ -728,7 +734,7 @@ def test_frames_lie_one_behind_the_other_and_so_do_their_changes():
         assert (finding, decoded) == (BAD_CHECKSUM, expected[:place])
         with pytest.raises(CorruptionError, match="checksum"):
             codec.decode_frames(
-                np.frombuffer(b"".join(damaged), np.uint8).copy(), sizes, elements, back
+                np.frombuffer(b"".join(damaged), np.uint8).copy(), sizes, *places, back
             )
 
 

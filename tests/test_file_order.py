@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import relex_stream as rs
-from relex_stream import build
-from relex_stream.ingest import Ingest
+from relex_stream import build, ingest
 from relex_stream.sources import CheckpointReader
 from relex_stream.writer import OutputDirectory
 from tests.make_checkpoints import Trajectory, make_trajectory
@@ -56,16 +56,16 @@ def assert_ascending(places: Places, least: int) -> None:
 def test_a_build_reads_checkpoints_from_front_to_back(
     run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path_of = {path.stat().st_ino: str(path) for path in run.directories[1].iterdir()}
     places: Places = []
-    place_of = Ingest._place
+    scan_steps = ingest.scan_steps
 
-    def spy(self, at, index, tensor):  # type: ignore[no-untyped-def]
-        place = place_of(self, at, index, tensor)
-        if index == 0:
-            places.append(place)
-        return place
+    def spy(descriptors, offsets, *rest):  # type: ignore[no-untyped-def]
+        path = path_of[os.fstat(descriptors[0]).st_ino]
+        places.extend((path, offset) for offset in offsets[:, 0].tolist())
+        return scan_steps(descriptors, offsets, *rest)
 
-    monkeypatch.setattr(Ingest, "_place", spy)
+    monkeypatch.setattr(ingest, "scan_steps", spy)
     build_store(run, tmp_path / "store")
     assert_ascending(places, 20)
 

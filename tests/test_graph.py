@@ -76,10 +76,19 @@ def assert_same_results(found, expected):
         assert found[key][1].tobytes() == total.tobytes()
 
 
+def each(work):
+    """Return `work` for one task as a function of several."""
+    return lambda tasks: [work(task) for task in tasks]
+
+
+def run_plainly(groups, work, combine, finish):
+    return run_in_order(groups, each(work), combine, finish)
+
+
 def run(groups, work=value_of, combine=add, finish=keep, *, workers=2, progress=None):
     return run_groups(
         groups,
-        work,
+        each(work),
         combine,
         finish,
         workers=workers,
@@ -94,7 +103,7 @@ def run(groups, work=value_of, combine=add, finish=keep, *, workers=2, progress=
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_threads_give_the_bits_of_the_plain_loop_whoever_is_faster(workers):
     groups = groups_of([1, 5, 70, 8, 9, 64, 65])
-    expected = run_in_order(groups, value_of, add, keep)
+    expected = run_plainly(groups, value_of, add, keep)
 
     for seed in range(3):
 
@@ -109,7 +118,7 @@ def test_threads_give_the_bits_of_the_plain_loop_whoever_is_faster(workers):
 @given(sizes=st.lists(st.integers(0, 80), max_size=6), workers=st.sampled_from([1, 2, 4]))
 def test_threads_give_the_bits_of_the_plain_loop_for_any_groups(sizes, workers):
     groups = groups_of(sizes)
-    expected = run_in_order(groups, value_of, add, keep)
+    expected = run_plainly(groups, value_of, add, keep)
     assert list(expected) == [f"tensor {g}" for g, size in enumerate(sizes) if size]
     assert_same_results(run(groups, workers=workers), expected)
 
@@ -117,13 +126,13 @@ def test_threads_give_the_bits_of_the_plain_loop_for_any_groups(sizes, workers):
 def test_the_plain_loop_adds_in_another_order_than_one_sum():
     # Else the comparisons above would say nothing about the order.
     groups = groups_of([70])
-    tree = run_in_order(groups, value_of, add, keep)["tensor 0"][1]
+    tree = run_plainly(groups, value_of, add, keep)["tensor 0"][1]
     flat = add([value_of(task) for task in groups[0].tasks])
     assert tree.tobytes() != flat.tobytes()
     np.testing.assert_allclose(tree, flat)
 
 
-@pytest.mark.parametrize("runner", [run, run_in_order])
+@pytest.mark.parametrize("runner", [run, run_plainly])
 def test_the_tree_of_sums_is_fixed(runner):
     def nest(partials):
         return tuple(partials)
@@ -177,7 +186,7 @@ def test_small_groups_share_a_task():
     many = [Group(f"small {i}", (i,), (TASK_BYTES // 4,)) for i in range(9)]
     large = [Group("large", (100,), (TASK_BYTES,)), Group("two", (101, 102), (1, 1))]
     groups = [*many[:3], *large, *many[3:]]
-    parts = (lambda task: task, sum, lambda key, total: (key, total))
+    parts = (list, sum, lambda key, total: (key, total))
     _, outputs, sizes = build_graph(groups, *parts)
     # Three before the large one, then four as worth a task, then the rest.
     assert [len(keys) for keys in outputs.values()] == [3, 1, 1, 4, 2]

@@ -37,7 +37,7 @@ CHECKSUM = {"google_crc32c"}
 
 BELOW_STAGES = {
     *("paths", "ulp", "codec", "sketch", "fit", "planner", "sources", "writer", "store"),
-    *("machine", "graph", "blocks", "pages", "sweep", "_version"),
+    *("machine", "graph", "blocks", "pages", "checksum", "sweep", "_version"),
 }
 """What the rooms that put everything together may use."""
 
@@ -81,10 +81,10 @@ ROOMS = {
     "graph": Room({"planner"}, {"dask", "distributed", "numpy", "threadpoolctl"}),
     # What several stages share: a block across its steps, a file put together from blocks.
     "blocks": Room(
-        {"pages", "ulp", "codec", "sketch", "sweep", "planner", "sources", "store"},
+        {"pages", "checksum", "ulp", "codec", "sketch", "sweep", "planner", "sources", "store"},
         {"numpy"} | CHECKSUM,
     ),
-    "warmup": Room({"ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
+    "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),

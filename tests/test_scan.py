@@ -23,6 +23,7 @@ from relex_stream.scan import (
     FRAMES_BYTES,
     FULL,
     UNREADABLE,
+    ScanBlocks,
     ScanBuffers,
     ScanTables,
     scan_buffers,
@@ -148,19 +149,29 @@ def tools(block):
 
 def run(block: Block, state, buffers: ScanBuffers, tables: ScanTables, first=0, stop=None, row=0):
     """Scan the steps from `first` on; the state is that before them."""
-    return scan_steps(
-        np.array(block.descriptors[first:stop], np.int32),
-        np.array(block.offsets[first:stop], np.int64),
-        first,
-        (row + first) % 16,
+    blocks = ScanBlocks(
+        np.array([0, block.base.size]),
         block.base,
         state,
         FORMATS[block.code].number,
-        block.first_element,
-        KEY,
-        buffers,
-        tables,
+        np.array([block.first_element]),
+        np.array([KEY]),
     )
+    return scan_steps(
+        np.array(block.descriptors[first:stop], np.int32),
+        np.array([block.offsets[first:stop]], np.int64).reshape(1, -1),
+        0,
+        first,
+        (row + first) % 16,
+        blocks,
+        buffers,
+        ScanTables(*(table[None] for table in tables)),
+    )
+
+
+def tables_of(steps, width):
+    """Return tables of one block, without the axis of blocks."""
+    return ScanTables(*(table[0] for table in scan_tables(1, steps, width)))
 
 
 def check_step(block: Block, tables: ScanTables, step, frame, row):
@@ -202,7 +213,7 @@ def frames_in(buffers, tables, first, stop):
 def check_scan(block: Block, width=WIDTH, row=0):
     """Scan all steps at once and compare everything."""
     _, buffers = tools(block)
-    tables = scan_tables(block.steps, width)
+    tables = tables_of(block.steps, width)
     state = block.base.copy()
     assert run(block, state, buffers, tables, row=row) == (block.steps, DONE)
     assert np.array_equal(state, block.bits[-1])
@@ -314,7 +325,7 @@ def test_rows_of_a_chunk_begin_anew_after_sixteen(files):
     rng = np.random.default_rng(5)
     block = files.block("BF16", trajectory(rng, 200, "BF16", [0.1] * 20))
     _, buffers = tools(block)
-    tables = scan_tables(20, WIDTH)
+    tables = tables_of(20, WIDTH)
     run(block, block.base.copy(), buffers, tables, row=13)
     rows = [frame[0] for frame in frames_in(buffers, tables, 0, 20)]
     assert rows == [13, 14, 15, *range(16), 0]
@@ -326,7 +337,7 @@ def test_calls_take_up_where_the_one_before_ended(files):
     whole = check_scan(block)
     _, buffers = tools(block)
     for cuts in ((0, 1, 2, 3, 4, 5), (0, 2, 2, 5), (0, 4, 5)):
-        tables = scan_tables(5, WIDTH)
+        tables = tables_of(5, WIDTH)
         state = block.base.copy()
         for first, stop in pairwise(cuts):
             untouched = [table[stop:].copy() for table in tables]
@@ -344,7 +355,7 @@ def test_calls_take_up_where_the_one_before_ended(files):
 def test_no_step_at_all(files):
     block = files.block("BF16", [np.zeros(10, np.uint16)])
     _, buffers = tools(block)
-    assert run(block, block.base.copy(), buffers, scan_tables(0, WIDTH)) == (0, DONE)
+    assert run(block, block.base.copy(), buffers, tables_of(0, WIDTH)) == (0, DONE)
 
 
 def test_buffers_of_larger_blocks_serve_smaller_ones(files):
@@ -353,7 +364,7 @@ def test_buffers_of_larger_blocks_serve_smaller_ones(files):
     buffers = scan_buffers(codec, changes)
     for size in (5000, 1, 64, 4999):
         block = files.block("BF16", trajectory(rng, size, "BF16", (1.0, 0.3, 0.02)))
-        tables = scan_tables(3, WIDTH)
+        tables = tables_of(3, WIDTH)
         state = block.base.copy()
         assert run(block, state, buffers, tables) == (3, DONE)
         for step, frame in enumerate(frames_in(buffers, tables, 0, 3)):
@@ -371,7 +382,7 @@ def test_threads_scan_beside_each_other(files):
     def work(block):
         _, buffers = tools(block)
         for _ in range(5):
-            tables = scan_tables(4, WIDTH)
+            tables = tables_of(4, WIDTH)
             state = block.base.copy()
             run(block, state, buffers, tables)
             if not (np.array_equal(state, block.bits[-1]) and same(tables, expected[id(block)])):
@@ -400,7 +411,7 @@ def test_steps_go_on_after_the_frames_are_taken_away(files, code):
     bits.insert(3, bits[2])
     block = files.block(code, bits)
     _, buffers = tools(block)
-    tables = scan_tables(block.steps, WIDTH)
+    tables = tables_of(block.steps, WIDTH)
     state = block.base.copy()
     calls = []
     step = 0
@@ -435,7 +446,7 @@ def test_a_file_that_ends_too_early_leaves_the_step_before(files, monkeypatch, c
     block = files.block(code, bits)
     whole = check_scan(block)
     _, buffers = tools(block)
-    tables = scan_tables(block.steps, WIDTH)
+    tables = tables_of(block.steps, WIDTH)
     nothing = line(tables, 2)
     state = block.base.copy()
     end = block.offsets[2] + 4096
@@ -463,7 +474,7 @@ def test_a_descriptor_that_cannot_be_read_is_told_from_the_rest(files, broken):
     block = files.block("BF16", trajectory(rng, 500, "BF16", (0.1, 0.6, 0.8)))
     block.descriptors[broken] = -1
     _, buffers = tools(block)
-    tables = scan_tables(3, WIDTH)
+    tables = tables_of(3, WIDTH)
     state = block.base.copy()
     assert run(block, state, buffers, tables) == (broken, UNREADABLE)
     assert np.array_equal(state, block.bits[broken])

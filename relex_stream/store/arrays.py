@@ -26,7 +26,7 @@ CODEC_NAME = "relex_stream.delta"
 _MAX_NAME_BYTES = 180
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 17)
 def array_name(tensor_name: str) -> str:
     """Return the directory name of a tensor's array: its own name where a file may have it.
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from relex_stream.errors import StoreError
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path | str) -> None:
     """Make one directory; its parent must exist. Does nothing if it is there already."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path | str, data: bytes) -> None:
     """Write a whole file under its final name; not atomic: only for names nothing reaches yet."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
@@ -33,7 +33,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def write_tail(path: Path, committed_bytes: int, data: bytes | memoryview) -> None:
+def write_tail(path: Path | str, committed_bytes: int, data: bytes | memoryview) -> None:
     """Put `data` right after the first `committed_bytes` of a file, which stay as they are.
 
     Whatever an unfinished run left behind them is cut off first.
@@ -91,7 +91,7 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_many(root: Path, written: Iterable[Path]) -> None:
+def sync_many(root: Path, written: Iterable[Path | str]) -> None:
     """Put all `written` files, and all names in the directories above them, on the disk.
 
     Where something was removed, the directory it was in counts as written.
@@ -101,7 +101,7 @@ def sync_many(root: Path, written: Iterable[Path]) -> None:
     """
     if sys.platform == "linux" and _sync_file_system(root):
         return
-    paths = list(written)
+    paths = [Path(path) for path in written]
     for path in paths:
         sync_file(path)
     parents = {

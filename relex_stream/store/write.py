@@ -65,7 +65,8 @@ def write_frames(
     data : bytes or memoryview of bytes
         Whole frames.
     """
-    path = root / arrays.chunk_key(group, tensor, chunk_row, block)
+    # No Path where tensors may be very many: making one costs as much as opening a file.
+    path = f"{root}/{arrays.chunk_key(group, tensor, chunk_row, block)}"
     files.write_tail(path, committed, data)
 
 
@@ -91,7 +92,7 @@ class StoreWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.store: Store | None = None
-        self._written: list[Path] = []
+        self._written: list[Path | str] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -168,16 +169,16 @@ class StoreWriter:
             if include_base and self.store is None and tensor.kind != "tied":
                 groups.append(arrays.BASE)
             for group in groups:
-                directory = self.path / group / arrays.array_name(tensor.name)
+                directory = f"{self.path}/{group}/{arrays.array_name(tensor.name)}"
                 self._make(directory)
                 rows_here = allocated if group == arrays.DELTAS else 1
                 document = arrays.array_document(tensor, group, rows_here)
-                documents[directory / "zarr.json"] = document
+                documents[f"{directory}/zarr.json"] = document
         if self.store is None:  # no reader yet that could see half of one
             for path, document in documents.items():
                 self._write(path, document)
         else:
-            self._put_documents(documents)
+            self._put_documents({Path(path): data for path, data in documents.items()})
 
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""
@@ -264,10 +265,10 @@ class StoreWriter:
         files.replace_file(self.path / HEAD_NAME, encode_head(head))
         self.store = Store(self.path)
 
-    def _make(self, directory: Path) -> None:
+    def _make(self, directory: Path | str) -> None:
         files.make_directory(directory)
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path | str, data: bytes) -> None:
         files.write_file(path, data)
         self._written.append(path)
 
