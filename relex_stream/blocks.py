@@ -299,6 +299,19 @@ class BaseWeights:
             "built over; give the original with --base"
         )
 
+    def advise(self, at: BlockOf) -> bool:
+        """Ask the system for a block's bytes; say whether any of them had to be asked for.
+
+        True also where nothing can be said.
+        """
+        if self._places is None or self._reader is None:
+            return True
+        place = self._places[at.tensor.name]
+        itemsize = at.tensor.base_itemsize
+        return self._reader.advise(
+            place.path, place.offset + at.start * itemsize, at.elements * itemsize
+        )
+
     def holds(self, name: str) -> bool:
         """Say whether the base's directory has a tensor of this name."""
         return self._places is not None and name in self._places
@@ -431,6 +444,14 @@ def decode_committed(
             f"{error}"
         ) from error
     return changes
+
+
+def fetch_blocks(store: Store, base: BaseWeights, rows: int, blocks: Iterable[BlockOf]) -> None:
+    """Ask the system for what will be read of some blocks: base and frames of the first `rows`."""
+    for at in blocks:
+        # Where the base is in memory the frames are too, most often; there are many more of them.
+        if base.advise(at):
+            store.advise(at.tensor, at.block, rows)
 
 
 class BlockReader:

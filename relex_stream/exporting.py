@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from relex_stream.blocks import (
     Blocks,
     Workspace,
     base_directory,
+    fetch_blocks,
     float_formats,
     model_shape,
     open_base,
@@ -139,6 +141,7 @@ def export_step(
             workers=plan.workers,
             stage=f"export step {step}",
             progress=progress,
+            fetch=partial(fetch_blocks, store, weights, rows),
         )
         progress.start("SHA-256", assembly.nbytes)
         digests = output.hash_files(progress.advance)

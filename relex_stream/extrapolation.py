@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Hashable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from relex_stream.blocks import (
     Blocks,
     Workspace,
     base_directory,
+    fetch_blocks,
     float_formats,
     model_shape,
     open_base,
@@ -232,6 +234,7 @@ def extrapolate_steps(
                 assembly.begin(output)
             _write_blocks(
                 store,
+                weights_of_base,
                 BlockWrite(store, weights_of_base, output, assemblies, weights, entry_capacity),
                 assemblies,
                 plan.workers,
@@ -296,6 +299,7 @@ def _weights(store: Store, request: Request, subspaces: dict[str, Subspace]) -> 
 
 def _write_blocks(
     store: Store,
+    base: BaseWeights,
     work: BlockWrite,
     assemblies: Sequence[Assembly],
     workers: int,
@@ -318,6 +322,7 @@ def _write_blocks(
         workers=workers,
         stage="write outputs",
         progress=progress,
+        fetch=partial(fetch_blocks, store, base, work.rows),
     )
     names = [t.name for t in store.manifest.tensors if overflowed.get(t.index)]
     if names:

@@ -8,6 +8,7 @@ many workers there are or which is faster.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -34,6 +35,9 @@ MAX_TASKS = 512
 
 TASK_BYTES = 8 << 20
 """Bytes that are worth a task: dask takes 0.05 to 0.1 ms for each."""
+
+FETCH_BYTES = 256 << 20
+"""Work that tasks are fetched ahead of: enough to keep a disk with many requests at a time busy."""
 
 Task = TypeVar("Task")
 Partial = TypeVar("Partial")
@@ -119,6 +123,7 @@ def run_groups(
     workers: int,
     stage: str,
     progress: Progress,
+    fetch: Callable[[Task], None] | None = None,
 ) -> dict[Hashable, Result]:
     """Run a stage on threads of this process.
 
@@ -140,6 +145,10 @@ def run_groups(
         Threads; never more tasks than this run at a time.
     stage : str
         Name of the stage for `progress`.
+    progress : Progress
+    fetch : callable, optional
+        Called with each task a while before `work` is, on a thread of its own: to ask the system
+        for the task's bytes.
 
     Returns
     -------
@@ -155,12 +164,16 @@ def run_groups(
         # last of this list; sums are put there once they can be run, and go first.
         state["ready"].sort(key=place_of.__getitem__, reverse=True)
 
+    fetcher = _Fetcher(groups, fetch)
+
     def report(key: Any, *_: Any) -> None:
         size = sizes.get(key)
         if size is not None:
             progress.advance(size)
+            fetcher.advance(size)
 
     with (
+        fetcher,
         ThreadPoolExecutor(workers, thread_name_prefix="relex") as pool,
         Callback(start_state=begin_in_order, posttask=report),
         one_blas_thread(),
@@ -172,6 +185,49 @@ def run_groups(
         for keys, some in zip(outputs.values(), results, strict=True)
         for key, result in zip(keys, some, strict=True)
     }
+
+
+class _Fetcher(Generic[Task]):
+    """Goes through tasks ahead of those that work on them; a context manager.
+
+    No further ahead than `FETCH_BYTES`: what is fetched too early is gone when it is wanted.
+    """
+
+    def __init__(self, groups: Sequence[Group[Task]], fetch: Callable[[Task], None] | None) -> None:
+        self._groups = groups
+        self._fetch = fetch
+        self._changed = threading.Condition()
+        self._ahead = 0
+        self._ended = fetch is None
+        self._thread = threading.Thread(target=self._run, name="relex-fetch", daemon=True)
+
+    def __enter__(self) -> None:
+        if self._fetch is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._fetch is not None:
+            with self._changed:
+                self._ended = True
+                self._changed.notify()
+            self._thread.join()
+
+    def advance(self, done_bytes: int) -> None:
+        """Take note of finished work."""
+        with self._changed:
+            self._ahead -= done_bytes
+            self._changed.notify()
+
+    def _run(self) -> None:
+        assert self._fetch is not None
+        for group in self._groups:
+            for task, size in zip(group.tasks, group.task_bytes, strict=True):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ended or self._ahead < FETCH_BYTES)
+                    if self._ended:
+                        return
+                    self._ahead += size
+                self._fetch(task)
 
 
 def build_graph(

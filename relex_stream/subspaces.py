@@ -21,6 +21,7 @@ from relex_stream.blocks import (
     BlockReader,
     Blocks,
     Workspace,
+    fetch_blocks,
     float_formats,
     work_on_strips,
 )
@@ -252,6 +253,7 @@ def solve_subspaces(
             workers=workers,
             stage=f"statistics, pass {iteration + 1}",
             progress=progress,
+            fetch=partial(fetch_blocks, store, base, options.rows),
         )
         bases = {index: basis for index, basis in results.items() if isinstance(basis, np.ndarray)}
     names = {tensor.index: tensor.name for tensor in store.manifest.tensors}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
+from relex_stream import graph as graph_module
 from relex_stream.graph import (
     FAN_IN,
     MAX_TASKS,
@@ -352,3 +353,73 @@ def test_groups_keep_their_order_and_their_own_sizes():
         Group("b", ((1,), (2,)), (TASK_BYTES, 2 * TASK_BYTES)),
         Group("a", ((3,),), (30,)),
     ]
+
+
+# --- fetching ----------------------------------------------------------------------------------
+
+
+def fetched(groups, work, fetch, workers=2):
+    return run_groups(
+        groups,
+        each(work),
+        add,
+        keep,
+        workers=workers,
+        stage="test",
+        progress=NoProgress(),
+        fetch=fetch,
+    )
+
+
+def test_every_task_is_fetched_in_order_on_a_thread_of_its_own():
+    groups = groups_of([5, 0, 1, 30])
+    seen, threads = [], set()
+
+    def fetch(task):
+        threads.add(threading.current_thread().name)
+        seen.append(task)
+
+    def slow(task):
+        time.sleep(0.002)
+        return value_of(task)
+
+    assert_same_results(fetched(groups, slow, fetch), run_plainly(groups, value_of, add, keep))
+    assert seen == [task for group in groups for task in group.tasks]
+    assert threads == {"relex-fetch"}
+
+
+def test_fetching_goes_no_further_ahead_than_it_may(monkeypatch):
+    monkeypatch.setattr(graph_module, "FETCH_BYTES", 100)
+    lock, ahead, most = threading.Lock(), 0, 0
+    groups = [Group(f"tensor {g}", tuple((g, i) for i in range(20)), (40,) * 20) for g in range(3)]
+
+    def fetch(_):
+        nonlocal ahead, most
+        with lock:
+            ahead += 40
+            most = max(most, ahead)
+
+    def work(task):
+        nonlocal ahead
+        time.sleep(0.001)
+        with lock:
+            ahead -= 40
+        return value_of(task)
+
+    fetched(groups, work, fetch, workers=2)
+    # What is begun when 99 bytes are ahead, and what is done but not yet reported.
+    assert 100 <= most <= 100 + 40
+
+
+def test_fetching_ends_with_the_work_and_when_it_fails():
+    def fetch(_):
+        time.sleep(0.001)
+
+    fetched(groups_of([1, 2]), value_of, fetch)
+
+    def fail(task):
+        raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        fetched(groups_of([500]), fail, fetch)
+    assert not [t for t in threading.enumerate() if t.name.startswith("relex")]

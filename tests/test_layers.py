@@ -68,11 +68,13 @@ ROOMS = {
     "planner": Room(pure=True),
     "pages": Room(pure=True),
     "paths": Room(),
+    "readahead": Room(),
     # Files: no mathematics, and these three do not know each other.
-    "sources": Room({"paths"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
+    "sources": Room({"paths", "readahead"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
     "writer": Room({"paths"}, {"numpy"} | CHECKSUM),
     "store": Room(
-        {"paths", "ulp", "codec"}, {"numpy", "numcodecs", "safetensors", "zarr"} | CHECKSUM
+        {"paths", "readahead", "ulp", "codec"},
+        {"numpy", "numcodecs", "safetensors", "zarr"} | CHECKSUM,
     ),
     # The zarr shim takes the codec's name from the store's layout.
     "zarr_codec": Room({"codec", "ulp", "store"}, {"numpy", "zarr"}),

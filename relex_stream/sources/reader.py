@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
+from ..readahead import ask_for
 
 _MOST_OPEN = 512
 
@@ -117,6 +119,19 @@ class CheckpointReader:
                         f"{offset + len(view)} expected; copy it again"
                     )
                 done += count
+
+    def advise(self, path: str, offset: int, nbytes: int) -> bool:
+        """Ask the system to have bytes of a file read from the disk, without waiting for them.
+
+        Returns
+        -------
+        bool
+            False if the first of them are in memory already, and nothing was asked for; or if the
+            system cannot be asked. A file that cannot be read is left to `read` to name.
+        """
+        with contextlib.suppress(SourceError), self.borrow([path]) as (descriptor,):
+            return ask_for(descriptor, offset, nbytes)
+        return False
 
     def verify_unchanged(self) -> None:
         """Check that every file read so far still has the size and time it was first opened with.

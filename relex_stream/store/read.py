@@ -6,6 +6,7 @@ shows the commits that HEAD named when it was opened; later appends do not distu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from relex_stream.codec import HEADER, frame_crc
 from relex_stream.errors import CorruptionError, OptionError, StoreError
+from relex_stream.readahead import ask_for
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import arrays
 from relex_stream.store.records import (
@@ -307,6 +309,23 @@ class Store:
                 self._read_chunk(key, offset, out[done : done + wanted], where)
                 done += wanted
             row, offset = end, 0
+
+    def advise(self, tensor: StoredTensor, block: int, stop_row: int) -> None:
+        """Ask the system for a block's frames of the rows below `stop_row`, without waiting."""
+        sizes = self.frame_bytes[:stop_row, tensor.first_block + block]
+        for chunk_row in range(-(-stop_row // STEP_GROUP)):
+            rows = slice(chunk_row * STEP_GROUP, (chunk_row + 1) * STEP_GROUP)
+            wanted = int(sizes[rows].sum(dtype=np.int64))
+            if not wanted:
+                continue
+            key = arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
+            # What is missing is named when it is read.
+            with contextlib.suppress(OSError):
+                descriptor = os.open(f"{self.path}/{key}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    ask_for(descriptor, 0, wanted)
+                finally:
+                    os.close(descriptor)
 
     def read_base_frame(self, tensor: StoredTensor, block: int) -> memoryview | None:
         """Return the frame of an included base block; None when the block is all zero bits."""

@@ -1,0 +1,138 @@
+"""Bytes are asked for when they are not in memory, and whatever is wrong is left to the reader."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import relex_stream as rs
+from relex_stream import readahead
+from relex_stream.blocks import BlockOf, Workspace, fetch_blocks, open_base
+from relex_stream.readahead import ask_for
+from relex_stream.sources import CheckpointReader
+from relex_stream.store import Store
+from tests.make_checkpoints import Trajectory, make_trajectory
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"), reason="Linux only"
+)
+
+Asked = list[tuple[str, int, int]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """What the system is asked for, of files of which nothing is in memory."""
+    found: Asked = []
+
+    def note(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        found.append((os.readlink(f"/proc/self/fd/{descriptor}"), offset, nbytes))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    monkeypatch.setattr(readahead, "_in_memory", lambda *_: False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
+    root = tmp_path_factory.mktemp("readahead")
+    shapes = {"a.weight": (40, 30), "b.norm.weight": (7,)}
+    trajectory = make_trajectory(root, steps=range(1, 19), tensors=shapes, change_share=0.1)
+    rs.build_store(trajectory.base, trajectory.checkpoints, root / "store")
+    return trajectory
+
+
+def test_what_is_in_memory_is_not_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert not ask_for(descriptor, 0, 1 << 20)
+        assert not ask_for(descriptor, 12345, 1)
+    finally:
+        os.close(descriptor)
+
+
+def test_what_is_not_in_memory_is_asked_for(tmp_path: Path, asked: Asked) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert ask_for(descriptor, 10, 500)
+    finally:
+        os.close(descriptor)
+    assert asked == [(str(path), 10, 500)]
+
+
+def test_systems_that_cannot_be_asked_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert not ask_for(-1, 0, 10)
+
+
+def test_base_and_frames_of_blocks_are_asked_for(run: Trajectory, asked: Asked) -> None:
+    store = Store(run.base.parent / "store")
+    with CheckpointReader() as reader:
+        base = open_base(store, None, reader)
+        tensor = store.tensors["a.weight"]
+        fetch_blocks(store, base, 18, [BlockOf(tensor, 0)])
+    chunks = store.path / "deltas" / "a.weight"
+    (path, _, nbytes), *frames = asked
+    assert Path(path).parent == run.base
+    assert nbytes == 40 * 30 * 2
+    assert frames == [
+        (str(chunks / "c.0.0"), 0, (chunks / "c.0.0").stat().st_size),
+        (str(chunks / "c.1.0"), 0, (chunks / "c.1.0").stat().st_size),
+    ]
+    asked.clear()
+    with CheckpointReader() as reader:
+        base = open_base(store, None, reader)
+        fetch_blocks(store, base, 16, [BlockOf(store.tensors["b.norm.weight"], 0)])
+    assert len(asked) == 1  # it never changed
+
+
+def test_frames_are_taken_to_be_in_memory_where_the_base_is(
+    run: Trajectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(run.base.parent / "store")
+    monkeypatch.setattr(Store, "advise", None)  # would not survive a call
+    with CheckpointReader() as reader:
+        base = open_base(store, None, reader)
+        block = BlockOf(store.tensors["a.weight"], 0)
+        base.read(block, Workspace())
+        fetch_blocks(store, base, 18, [block])
+
+
+def test_what_is_missing_is_left_to_the_reader(
+    run: Trajectory, tmp_path: Path, asked: Asked
+) -> None:
+    store = Store(run.base.parent / "store")
+    with CheckpointReader() as reader:
+        assert not reader.advise(str(tmp_path / "nothing"), 0, 10)
+    chunk = store.path / "deltas" / "a.weight" / "c.1.0"
+    whole = chunk.read_bytes()
+    chunk.unlink()
+    try:
+        store.advise(store.tensors["a.weight"], 0, 18)
+        assert len(asked) == 1
+        with pytest.raises(rs.CorruptionError, match=r"tensor a\.weight, block 0: .* missing"):
+            rs.extrapolate(store.path, tmp_path / "out", target_steps=[30])
+    finally:
+        chunk.write_bytes(whole)
+
+
+@pytest.mark.parametrize("command", ["extrapolate", "export"])
+def test_commands_ask_before_they_read(
+    run: Trajectory, tmp_path: Path, asked: Asked, command: str
+) -> None:
+    store = run.base.parent / "store"
+    if command == "extrapolate":
+        rs.extrapolate(store, tmp_path / "out", target_steps=[30])
+    else:
+        rs.export(store, tmp_path / "out", step=18)
+    names = [Path(path).name for path, _, _ in asked]
+    passes = 2 if command == "extrapolate" else 1
+    assert names.count("c.1.0") == passes
+    assert sum(Path(path).parent == run.base for path, _, _ in asked) >= passes
