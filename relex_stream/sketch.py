@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream.kernels import kernel
+from relex_stream.ulp import F16, number_one
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -163,7 +164,19 @@ def pack_sketch(rows: Float64) -> tuple[NDArray[np.float16], NDArray[np.float32]
 
 def unpack_sketch(rows: NDArray[np.float16], scales: NDArray[np.float32]) -> Float64:
     """Return sketch rows (T, width) as float64."""
-    return rows.astype(np.float64) * scales.astype(np.float64)[:, None]
+    out = np.empty(rows.shape)
+    # Columns of a larger array, usually; one memory layout, one compiled kernel.
+    patterns = np.ascontiguousarray(rows).view(np.uint16)
+    _unpack_kernel(patterns, np.ascontiguousarray(scales), out)
+    return out
+
+
+@kernel
+def _unpack_kernel(patterns, scales, out):  # type: ignore[no-untyped-def]
+    for row in range(out.shape[0]):
+        scale = np.float64(scales[row])
+        for column in range(out.shape[1]):
+            out[row, column] = number_one(patterns[row, column], F16) * scale
 
 
 # --- products with D, block by block -----------------------------------------------------------
@@ -338,7 +351,11 @@ def add_gram(changes: ChangeRows, first: int, columns: int, gram: Float64) -> No
 
 def cumulate(rows: Float64) -> Float64:
     """Return ``L A``: running sums down the first axis."""
-    return np.cumsum(rows, axis=0)
+    total = rows.copy()
+    # By rows: np.cumsum down the first axis takes several times as long.
+    for row in range(1, len(total)):
+        total[row] += total[row - 1]
+    return total
 
 
 def cumulate_transposed(rows: Float64) -> Float64:

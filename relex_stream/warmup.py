@@ -26,6 +26,7 @@ from relex_stream.sketch import (
     add_weighted_rows,
     scatter_columns,
     subspace_of_gram,
+    unpack_sketch,
 )
 from relex_stream.specs import Progress
 from relex_stream.store.records import StoredTensor
@@ -140,6 +141,7 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
         add_gram(rows, 0, _ELEMENTS, gram)
         subspace_of_gram(gram, 1)
         scatter_columns(rows, 0, np.zeros((1, _ELEMENTS)))
+    unpack_sketch(np.zeros((1, 1), np.float16), np.zeros(1, np.float32))
 
 
 def _formats(tensors: Iterable[StoredTensor]) -> list[FloatFormat]:

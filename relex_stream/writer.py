@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Self
 
 from relex_stream.errors import OutputError
+from relex_stream.pagecache import start_writing
 from relex_stream.paths import check_relative_path
 
 MARKER = "relex_stream.json"
 """A file in an output that lists, under ``"files"``, every file this package wrote there."""
+
+_WORTH_STARTING_BYTES = 256 << 10
+"""Of a write that the disk is told to begin with: small ones are better put together."""
 
 
 class OutputDirectory:
@@ -173,10 +177,13 @@ class OutputDirectory:
         with self._naming(f"writing {relative_path} of {self.path}"):
             descriptor = os.open(self._partial / relative_path, os.O_WRONLY | os.O_CLOEXEC)
             try:
+                start = offset
                 while view:
                     count = os.pwrite(descriptor, view, offset)
                     view = view[count:]
                     offset += count
+                if size >= _WORTH_STARTING_BYTES:
+                    start_writing(descriptor, start, size)
             finally:
                 os.close(descriptor)
         with self._lock:

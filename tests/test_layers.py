@@ -56,7 +56,7 @@ ROOMS = {
     "codec": Room(
         {"kernels", "intrinsics", "checksum", "zstd", "ulp"}, KERNELS | CHECKSUM, pure=True
     ),
-    "sketch": Room({"kernels"}, {"numpy"}, pure=True),
+    "sketch": Room({"kernels", "ulp"}, {"numpy"}, pure=True),
     # Reads at the descriptors it is given; which files they are, and opening them, is not its.
     "scan": Room(
         {"kernels", "intrinsics", "pages", "checksum", "ulp", "codec", "sketch"},
@@ -68,12 +68,12 @@ ROOMS = {
     "planner": Room(pure=True),
     "pages": Room(pure=True),
     "paths": Room(),
-    "readahead": Room(),
+    "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
-    "sources": Room({"paths", "readahead"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
-    "writer": Room({"paths"}, {"numpy"} | CHECKSUM),
+    "sources": Room({"paths", "pagecache"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
+    "writer": Room({"pagecache", "paths"}, {"numpy"} | CHECKSUM),
     "store": Room(
-        {"paths", "readahead", "ulp", "codec"},
+        {"paths", "pagecache", "ulp", "codec"},
         {"numpy", "numcodecs", "safetensors", "zarr"} | CHECKSUM,
     ),
     # The zarr shim takes the codec's name from the store's layout.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
-from ..readahead import ask_for
+from ..pagecache import ask_for
 
 _MOST_OPEN = 512
 

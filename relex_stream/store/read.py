@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from relex_stream.codec import HEADER, frame_crc
 from relex_stream.errors import CorruptionError, OptionError, StoreError
-from relex_stream.readahead import ask_for
+from relex_stream.pagecache import ask_for
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import arrays
 from relex_stream.store.records import (

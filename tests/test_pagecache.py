@@ -1,4 +1,4 @@
-"""Bytes are asked for when they are not in memory, and whatever is wrong is left to the reader."""
+"""Bytes are asked for when they are not in memory; whatever is wrong is left to the reader."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import relex_stream as rs
-from relex_stream import readahead
+from relex_stream import pagecache, writer
 from relex_stream.blocks import BlockOf, Workspace, fetch_blocks, open_base
-from relex_stream.readahead import ask_for
+from relex_stream.pagecache import ask_for, start_writing
 from relex_stream.sources import CheckpointReader
 from relex_stream.store import Store
+from relex_stream.writer import OutputDirectory
 from tests.make_checkpoints import Trajectory, make_trajectory
 
 pytestmark = pytest.mark.skipif(
@@ -32,13 +33,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         found.append((os.readlink(f"/proc/self/fd/{descriptor}"), offset, nbytes))
 
     monkeypatch.setattr(os, "posix_fadvise", note)
-    monkeypatch.setattr(readahead, "_in_memory", lambda *_: False)
+    monkeypatch.setattr(pagecache, "_in_memory", lambda *_: False)
     return found
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
-    root = tmp_path_factory.mktemp("readahead")
+    root = tmp_path_factory.mktemp("pagecache")
     shapes = {"a.weight": (40, 30), "b.norm.weight": (7,)}
     trajectory = make_trajectory(root, steps=range(1, 19), tensors=shapes, change_share=0.1)
     rs.build_store(trajectory.base, trajectory.checkpoints, root / "store")
@@ -136,3 +137,47 @@ def test_commands_ask_before_they_read(
     passes = 2 if command == "extrapolate" else 1
     assert names.count("c.1.0") == passes
     assert sum(Path(path).parent == run.base for path, _, _ in asked) >= passes
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def test_large_writes_are_started_and_small_ones_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[int, int]] = []
+
+    def note(descriptor: int, offset: int, nbytes: int) -> None:
+        assert os.fstat(descriptor).st_size == 2 << 20
+        started.append((offset, nbytes))
+
+    monkeypatch.setattr(writer, "start_writing", note)
+    with OutputDirectory(tmp_path / "out") as output:
+        output.preallocate("a", 2 << 20)
+        output.write("a", 0, bytes(100))
+        output.write("a", 100, bytes((2 << 20) - 100))
+        output.finish()
+    assert started == [(100, (2 << 20) - 100)]
+
+
+def test_starting_changes_nothing_and_refuses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc" * 10_000)
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        start_writing(descriptor, 3, 20_000)
+        start_writing(descriptor, 1 << 40, 5)
+    finally:
+        os.close(descriptor)
+    start_writing(descriptor, 0, 5)  # closed: advice that cannot be taken
+    assert path.read_bytes() == b"abc" * 10_000
+
+
+def test_systems_without_the_call_write_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    pagecache._sync_file_range.cache_clear()
+    monkeypatch.setattr("sys.platform", "darwin")
+    try:
+        assert pagecache._sync_file_range() is None
+        start_writing(-1, 0, 5)
+    finally:
+        pagecache._sync_file_range.cache_clear()
