@@ -52,6 +52,7 @@ from relex_stream.subspaces import (
     SubspaceOptions,
     basis_columns,
     changed_tensors,
+    fetching_first_blocks,
     solve_subspaces,
     split_routes,
 )
@@ -206,42 +207,46 @@ def extrapolate_steps(
     ]
     output = OutputDirectory(out, overwrite=overwrite)
     output.check(sum(assembly.nbytes for assembly in assemblies))
-    warm_up_extrapolation(store.manifest.tensors, progress)
-    plan = _plan(
-        store,
-        request,
-        assemblies,
-        entry_capacity=entry_capacity,
-        memory_limit=memory_limit,
-        workers=asked_workers,
-        workers_fixed=workers is not None,
-    )
     figures: list[TensorFigures] = []
-    if not dry_run:
-        with CheckpointReader() as reader, output:
-            weights_of_base = open_base(store, base, reader)
-            subspaces = solve_subspaces(
-                store,
-                weights_of_base,
-                request.options,
-                entry_capacity=entry_capacity,
-                workers=plan.workers,
-                progress=progress,
-            )
-            figures = _figures(store, request, subspaces)
-            weights = _weights(store, request, subspaces)
-            for assembly in assemblies:
-                assembly.begin(output)
-            _write_blocks(
-                store,
-                weights_of_base,
-                BlockWrite(store, weights_of_base, output, assemblies, weights, entry_capacity),
-                assemblies,
-                plan.workers,
-                progress,
-            )
-            _write_documents(store, request, figures, output)
-            output.finish()
+    with CheckpointReader() as reader:
+        weights_of_base = open_base(store, base, reader)
+        # The disk has something to do while kernels are loaded.
+        rows = 0 if dry_run else len(request.history)
+        with fetching_first_blocks(store, weights_of_base, rows):
+            warm_up_extrapolation(store.manifest.tensors, progress)
+        plan = _plan(
+            store,
+            request,
+            assemblies,
+            entry_capacity=entry_capacity,
+            memory_limit=memory_limit,
+            workers=asked_workers,
+            workers_fixed=workers is not None,
+        )
+        if not dry_run:
+            with output:
+                subspaces = solve_subspaces(
+                    store,
+                    weights_of_base,
+                    request.options,
+                    entry_capacity=entry_capacity,
+                    workers=plan.workers,
+                    progress=progress,
+                )
+                figures = _figures(store, request, subspaces)
+                weights = _weights(store, request, subspaces)
+                for assembly in assemblies:
+                    assembly.begin(output)
+                _write_blocks(
+                    store,
+                    weights_of_base,
+                    BlockWrite(store, weights_of_base, output, assemblies, weights, entry_capacity),
+                    assemblies,
+                    plan.workers,
+                    progress,
+                )
+                _write_documents(store, request, figures, output)
+                output.finish()
     return _summary(
         store, out, request, plan, figures, dry_run=dry_run, elapsed_s=time.monotonic() - started
     )

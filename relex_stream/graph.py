@@ -164,7 +164,7 @@ def run_groups(
         # last of this list; sums are put there once they can be run, and go first.
         state["ready"].sort(key=place_of.__getitem__, reverse=True)
 
-    fetcher = _Fetcher(groups, fetch)
+    fetcher = Fetcher(groups, fetch)
 
     def report(key: Any, *_: Any) -> None:
         size = sizes.get(key)
@@ -187,10 +187,16 @@ def run_groups(
     }
 
 
-class _Fetcher(Generic[Task]):
-    """Goes through tasks ahead of those that work on them; a context manager.
+class Fetcher(Generic[Task]):
+    """Goes through tasks ahead of those that work on them, on a thread; a context manager.
 
     No further ahead than `FETCH_BYTES`: what is fetched too early is gone when it is wanted.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+    fetch : callable or None
+        Called with each task; nothing is done without.
     """
 
     def __init__(self, groups: Sequence[Group[Task]], fetch: Callable[[Task], None] | None) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ from relex_stream.blocks import (
     float_formats,
     work_on_strips,
 )
-from relex_stream.graph import grouped, map_in_threads, run_groups
+from relex_stream.graph import Fetcher, Group, grouped, map_in_threads, run_groups
 from relex_stream.sketch import (
     OVERSAMPLING,
     Subspace,
@@ -202,6 +204,24 @@ def _added(parts: list[Float64]) -> Float64:
     return total
 
 
+def _block_groups(
+    store: Store, base: BaseWeights, tensors: Sequence[StoredTensor], rows: int
+) -> list[Group[tuple[BlockOf, ...]]]:
+    totals = BlockTotals.of(store, rows)
+    return grouped(
+        (tensor.index, totals.changed_blocks(tensor), totals.work)
+        for tensor in base.in_file_order(tensors)
+    )
+
+
+def fetching_first_blocks(
+    store: Store, base: BaseWeights, rows: int
+) -> AbstractContextManager[Any]:
+    """Return a context in which the system is asked for what `solve_subspaces` will read first."""
+    groups = _block_groups(store, base, changed_tensors(store, rows), rows)
+    return Fetcher(groups, partial(fetch_blocks, store, base, rows))
+
+
 def solve_subspaces(
     store: Store,
     base: BaseWeights,
@@ -228,7 +248,6 @@ def solve_subspaces(
     iteration for the randomized one.
     """
     exact, randomized = split_routes(changed_tensors(store, options.rows), options)
-    totals = BlockTotals.of(store, options.rows)
     bases: dict[Hashable, Float64] = dict(
         map_in_threads(
             partial(_basis, options.rank), store.sketch_rows(randomized, options.rows), workers
@@ -237,16 +256,10 @@ def solve_subspaces(
     results: dict[Hashable, Subspace | Float64] = {}
     for iteration in range(options.power_iterations if randomized else min(1, len(exact))):
         tensors = randomized + (exact if iteration == 0 else [])
+        groups = _block_groups(store, base, tensors, options.rows)
         finish = _Finish(bases, options.rank, last=iteration == options.power_iterations - 1)
         results |= run_groups(
-            grouped(
-                (
-                    tensor.index,
-                    totals.changed_blocks(tensor),
-                    totals.work,
-                )
-                for tensor in base.in_file_order(tensors)
-            ),
+            groups,
             _BlockSums(store, base, options, entry_capacity, bases).run,
             _added,
             finish,
