@@ -446,11 +446,16 @@ def decode_committed(
     return changes
 
 
-def fetch_blocks(store: Store, base: BaseWeights, rows: int, blocks: Iterable[BlockOf]) -> None:
-    """Ask the system for what will be read of some blocks: base and frames of the first `rows`."""
-    for at in blocks:
-        # Where the base is in memory the frames are too, most often; there are many more of them.
-        if base.advise(at):
+def fetch_blocks(
+    store: Store, base: BaseWeights, rows: int, tasks: Sequence[tuple[BlockOf, ...]]
+) -> None:
+    """Ask the system for what will be read of tasks: the base, and frames of the first `rows`."""
+    first, *rest = [at for task in tasks for at in task]
+    # Where the first is in memory the others are too, most often, and there may be very many.
+    if base.advise(first):
+        for at in rest:
+            base.advise(at)
+        for at in (first, *rest):
             store.advise(at.tensor, at.block, rows)
 
 

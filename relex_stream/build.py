@@ -341,6 +341,7 @@ class _Job:
             workers=workers,
             stage=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
             progress=self._progress,
+            fetch=ingest.fetch,
         )
         self._reader.verify_unchanged()
         manifest = store.manifest if store else self._manifest(results)

@@ -123,7 +123,7 @@ def run_groups(
     workers: int,
     stage: str,
     progress: Progress,
-    fetch: Callable[[Task], None] | None = None,
+    fetch: Callable[[Sequence[Task]], None] | None = None,
 ) -> dict[Hashable, Result]:
     """Run a stage on threads of this process.
 
@@ -147,8 +147,8 @@ def run_groups(
         Name of the stage for `progress`.
     progress : Progress
     fetch : callable, optional
-        Called with each task a while before `work` is, on a thread of its own: to ask the system
-        for the task's bytes.
+        Called as `work` is and a while before it, on a thread of its own: to ask the system for
+        the tasks' bytes.
 
     Returns
     -------
@@ -196,10 +196,12 @@ class Fetcher(Generic[Task]):
     ----------
     groups : sequence of Group
     fetch : callable or None
-        Called with each task; nothing is done without.
+        Called with tasks as `run_groups` calls `work`; nothing is done without.
     """
 
-    def __init__(self, groups: Sequence[Group[Task]], fetch: Callable[[Task], None] | None) -> None:
+    def __init__(
+        self, groups: Sequence[Group[Task]], fetch: Callable[[Sequence[Task]], None] | None
+    ) -> None:
         self._groups = groups
         self._fetch = fetch
         self._changed = threading.Condition()
@@ -226,14 +228,13 @@ class Fetcher(Generic[Task]):
 
     def _run(self) -> None:
         assert self._fetch is not None
-        for group in self._groups:
-            for task, size in zip(group.tasks, group.task_bytes, strict=True):
-                with self._changed:
-                    self._changed.wait_for(lambda: self._ended or self._ahead < FETCH_BYTES)
-                    if self._ended:
-                        return
-                    self._ahead += size
-                self._fetch(task)
+        for tasks, size in _together(self._groups):
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or self._ahead < FETCH_BYTES)
+                if self._ended:
+                    return
+                self._ahead += size
+            self._fetch(tasks)
 
 
 def build_graph(
@@ -291,6 +292,17 @@ def _bundles(groups: Sequence[Group[Task]]) -> Iterator[list[Group[Task]]]:
         size += group.task_bytes[0]
     if bundle:
         yield bundle
+
+
+def _together(groups: Sequence[Group[Task]]) -> Iterator[tuple[list[Task], int]]:
+    """Yield tasks as they are worked on, those of a bundle together, with their bytes."""
+    for bundle in _bundles(groups):
+        if len(bundle) > 1:
+            yield [group.tasks[0] for group in bundle], sum(group.task_bytes[0] for group in bundle)
+            continue
+        (group,) = bundle
+        for task, size in zip(group.tasks, group.task_bytes, strict=True):
+            yield [task], size
 
 
 def _work_on_one(

@@ -23,6 +23,7 @@ from relex_stream.blocks import (
     BlockReader,
     Blocks,
     Workspace,
+    fetch_blocks,
     float_formats,
     frame_tools,
     work_on_strips,
@@ -164,6 +165,22 @@ class Ingest:
         """Ingest neighbouring blocks, those of a task of one tensor."""
         results = work_on_strips(tasks, self._kind_of, self._ingest)
         return [BlockStatistics.combine(result) for result in results]
+
+    def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
+        """Ask the system for what `run` will read."""
+        if self._store is not None:
+            fetch_blocks(self._store, self._base, self._rows, tasks)
+        first, *rest = [at for task in tasks for at in task]
+        for index in range(len(self._checkpoints)):
+            # As in `fetch_blocks`: one look for all that is read together.
+            if not self._advise(first, index) and index == 0:
+                return
+            for at in rest:
+                self._advise(at, index)
+
+    def _advise(self, at: BlockOf, index: int) -> bool:
+        path, offset = self._place(at, index, at.tensor)
+        return self._reader.advise(path, offset, at.elements * at.tensor.itemsize)
 
     def _kind_of(self, at: BlockOf) -> Hashable:
         """Keep in one strip what lies in the same file of every checkpoint, sketched or not."""

@@ -367,7 +367,7 @@ def fetched(groups, work, fetch, workers=2):
         workers=workers,
         stage="test",
         progress=NoProgress(),
-        fetch=fetch,
+        fetch=lambda tasks: [fetch(task) for task in tasks],
     )
 
 

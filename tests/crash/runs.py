@@ -82,7 +82,7 @@ def build(
 def quick() -> Iterator[None]:
     """Run builds as plain loops and open each checkpoint once: what is on the disk is the same."""
 
-    def run_plainly(groups, work, combine, finish, *, workers, stage, progress):
+    def run_plainly(groups, work, combine, finish, *, workers, stage, progress, fetch):
         return run_in_order(groups, work, combine, finish)
 
     with pytest.MonkeyPatch.context() as patch:
