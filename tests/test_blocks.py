@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
-from relex_stream import blocks, build, planner
+from relex_stream import blocks, planner
 from relex_stream.blocks import BlockOf, BlockReader, Workspace, open_base
 from relex_stream.pages import PAGE_BYTES
 from relex_stream.sketch import add_gram, add_products, add_weighted_rows, scatter_columns
@@ -18,6 +18,7 @@ from relex_stream.sweep import sweep_outputs, sweep_products
 from relex_stream.ulp import add_rounded
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory
+from tests.make_stores import build_store
 
 STEPS = tuple(range(1, 21))  # rows of two chunks
 SHAPES = {"a.weight": (40, 31), "b.norm.weight": (16,), "c.bias": (7,)}
@@ -38,20 +39,8 @@ def run(request, tmp_path_factory) -> Trajectory:
         tensors=SHAPES,
         change_share=0.2,
     )
-    build.build(
-        trajectory.base,
-        trajectory.checkpoints,
-        root / "store",
-        pattern=None,
-        steps=None,
-        memory_limit=None,
-        workers=1,
-        include_base=True,
-        allow_nonfinite=False,
-        seed=0,
-        progress=None,
-        block_bytes=BLOCK_BYTES,
-    )
+    options = {"include_base": True, "block_bytes": BLOCK_BYTES}
+    build_store(trajectory.base, trajectory.checkpoints, root / "store", **options)
     return trajectory
 
 

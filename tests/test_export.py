@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
-from relex_stream import build
 from relex_stream.blocks import BlockOf, BlockReader
 from tests.make_checkpoints import (
     RawTensor,
@@ -23,6 +22,7 @@ from tests.make_checkpoints import (
     write_model,
     write_safetensors,
 )
+from tests.make_stores import build_store
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (61, 24),
@@ -130,20 +130,8 @@ def test_any_block_size_and_any_number_of_workers(
 ) -> None:
     shapes = {"a.weight": (31, 13), "b": (5,), "scale": (), "none": (0,)}
     run = make_trajectory(tmp_path, tensors=shapes, change_share=0.1)
-    build.build(
-        run.base,
-        run.checkpoints,
-        tmp_path / "store",
-        pattern=None,
-        steps=None,
-        memory_limit=None,
-        workers=workers,
-        include_base=True,
-        allow_nonfinite=False,
-        seed=0,
-        progress=None,
-        block_bytes=block_bytes,
-    )
+    options = {"workers": workers, "include_base": True, "block_bytes": block_bytes}
+    build_store(run.base, run.checkpoints, tmp_path / "store", **options)
     assert_exports(tmp_path / "store", run.directories, tmp_path / "out", workers=workers)
 
 

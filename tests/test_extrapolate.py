@@ -15,13 +15,13 @@ import pytest
 from numpy.typing import NDArray
 
 import relex_stream as rs
-from relex_stream import build, extrapolation
+from relex_stream import extrapolation
 from relex_stream.blocks import DEFAULT_ENTRY_CAPACITY, open_base
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import BLOCK_BYTES, NoProgress
 from relex_stream.store import Store
 from relex_stream.subspaces import solve_subspaces
-from tests import oracle
+from tests import make_stores, oracle
 from tests.conftest import RealTrajectory
 from tests.make_checkpoints import (
     RawTensor,
@@ -62,17 +62,7 @@ SMALL_SHAPES: dict[str, tuple[int, ...]] = {
 
 def build_store(run: Trajectory | RealTrajectory, store: Path, **options: Any) -> Path:
     """Build with the internal options that the public function does not have."""
-    settings: dict[str, Any] = {
-        "pattern": None,
-        "steps": None,
-        "memory_limit": None,
-        "workers": None,
-        "include_base": False,
-        "allow_nonfinite": False,
-        "seed": 0,
-        "progress": None,
-    }
-    build.build(run.base, run.checkpoints, store, **settings | options)
+    make_stores.build_store(run.base, run.checkpoints, store, **options)
     return store
 
 

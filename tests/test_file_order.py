@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import relex_stream as rs
-from relex_stream import build, ingest
+from relex_stream import ingest
 from relex_stream.sources import CheckpointReader
 from relex_stream.writer import OutputDirectory
 from tests.make_checkpoints import Trajectory, make_trajectory
+from tests.make_stores import build_store
 
 Places = list[tuple[str, int]]
 
@@ -29,22 +30,9 @@ def run(tmp_path: Path) -> Trajectory:
     )
 
 
-def build_store(run: Trajectory, store: Path) -> None:
-    build.build(
-        run.base,
-        run.checkpoints,
-        store,
-        pattern=None,
-        steps=None,
-        memory_limit=None,
-        workers=1,
-        include_base=False,
-        allow_nonfinite=False,
-        seed=0,
-        progress=None,
-        block_bytes=400,
-        sketch_min_elements=100,
-    )
+def build_in_order(run: Trajectory, store: Path) -> None:
+    options = {"workers": 1, "block_bytes": 400, "sketch_min_elements": 100}
+    build_store(run.base, run.checkpoints, store, **options)
 
 
 def assert_ascending(places: Places, least: int) -> None:
@@ -66,7 +54,7 @@ def test_a_build_reads_checkpoints_from_front_to_back(
         return scan_steps(descriptors, offsets, *rest)
 
     monkeypatch.setattr(ingest, "scan_steps", spy)
-    build_store(run, tmp_path / "store")
+    build_in_order(run, tmp_path / "store")
     assert_ascending(places, 20)
 
 
@@ -74,7 +62,7 @@ def test_a_build_reads_checkpoints_from_front_to_back(
 def test_extrapolation_reads_and_writes_from_front_to_back(
     run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
-    build_store(run, tmp_path / "store")
+    build_in_order(run, tmp_path / "store")
     reads: Places = []
     read = CheckpointReader.read
 
@@ -98,7 +86,7 @@ def test_extrapolation_reads_and_writes_from_front_to_back(
 def test_export_writes_from_front_to_back(
     run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_store(run, tmp_path / "store")
+    build_in_order(run, tmp_path / "store")
     writes = _spy_on_writes(monkeypatch)
     rs.export(tmp_path / "store", tmp_path / "out", step=run.steps[-1], workers=1)
     assert_ascending(writes, 20)

@@ -33,6 +33,7 @@ from relex_stream.store.records import StoredTensor
 from relex_stream.sweep import sweep_outputs
 from tests.crash.replay import read_tree, unsynced
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
+from tests.make_stores import build_store
 
 BLOCK_BYTES = 1600
 SHAPES = {
@@ -67,26 +68,11 @@ def run(request, tmp_path_factory) -> Trajectory:
     )
 
 
-def build_store(run: Trajectory, store: Path, steps: str | None = None, **options) -> Path:
+def build_strips(run: Trajectory, store: Path, **options) -> Path:
+    settings = {"workers": 1, "include_base": True, "block_bytes": BLOCK_BYTES}
+    settings["sketch_min_elements"] = 250
     with unsynced():
-        build.build(
-            run.base,
-            run.checkpoints,
-            store,
-            **{
-                "pattern": None,
-                "steps": steps,
-                "memory_limit": None,
-                "workers": 1,
-                "include_base": True,
-                "allow_nonfinite": False,
-                "seed": 0,
-                "progress": None,
-                "block_bytes": BLOCK_BYTES,
-                "sketch_min_elements": 250,
-            }
-            | options,
-        )
+        build_store(run.base, run.checkpoints, store, **settings | options)
     return store
 
 
@@ -190,7 +176,7 @@ def test_formats_tell_what_may_be_joined():
 
 @pytest.fixture(scope="module")
 def store(run) -> Path:
-    return build_store(run, run.base.parent / "store")
+    return build_strips(run, run.base.parent / "store")
 
 
 def reader_of(store: Path, capacity: int) -> BlockReader:
@@ -350,7 +336,7 @@ def test_a_store_is_the_same(run, tmp_path, strips, one_by_one, split):
     def build_in_parts(store):
         first = 1
         for size in split:
-            build_store(run, store, steps=f"{first}:{first + size - 1}")
+            build_strips(run, store, steps=f"{first}:{first + size - 1}")
             first += size
         return read_tree(store)
 
@@ -368,12 +354,12 @@ def test_frames_that_fill_the_buffer_are_written_and_work_goes_on(
     monkeypatch.setattr(scan, "FRAMES_BYTES", frames_bytes)
     monkeypatch.setattr(ingest, "scan_steps", scan.scan_steps.py_func)
     other = store.with_name(f"frames of {frames_bytes}")
-    assert read_tree(build_store(run, other)) == read_tree(store)
+    assert read_tree(build_strips(run, other)) == read_tree(store)
 
 
 def test_few_descriptors_are_enough(run, store, monkeypatch):
     monkeypatch.setattr(build, "CheckpointReader", lambda: CheckpointReader(3))
-    assert read_tree(build_store(run, store.with_name("few"))) == read_tree(store)
+    assert read_tree(build_strips(run, store.with_name("few"))) == read_tree(store)
 
 
 @pytest.mark.parametrize(("shards", "joined"), [(2, True), (3, False)])
@@ -388,7 +374,7 @@ def test_what_is_joined_lies_in_one_file_at_every_step(
             path.unlink()
         write_model(run.directories[step], dict(reversed(content.items())), shards)
     options = {"sketch_min_elements": 1 << 20}
-    together = read_tree(build_store(run, tmp_path / "together", **options))
+    together = read_tree(build_strips(run, tmp_path / "together", **options))
     assert (max(widths(strips)) >= 2) == joined
     for strip in strips:
         for step in run.steps:
@@ -397,7 +383,7 @@ def test_what_is_joined_lies_in_one_file_at_every_step(
                 found = reader.checkpoint_bits(block.tensor.name, step)
                 assert np.array_equal(found, run.bits[step][block.tensor.name])
     one_by_one()
-    assert read_tree(build_store(run, tmp_path / "apart", **options)) == together
+    assert read_tree(build_strips(run, tmp_path / "apart", **options)) == together
 
 
 @pytest.mark.parametrize("outputs", [[30], [25, 400]], ids=str)
@@ -449,7 +435,7 @@ def test_what_is_not_finite_is_named(tmp_path):
     content["h.weight"] = raw(changed, "BF16")
     write_model(run.directories[4], content, 2)
     with pytest.raises(rs.TrajectoryError, match=r"step 4: tensor h\.weight .* at element 9,"):
-        build_store(run, tmp_path / "store")
+        build_strips(run, tmp_path / "store")
 
 
 def test_a_file_that_shrinks_meanwhile_is_named(tmp_path, monkeypatch):
@@ -463,7 +449,7 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ingest, "scan_steps", cut_first)
     with pytest.raises(rs.SourceError, match=f"{path.name}: truncated while reading"):
-        build_store(run, tmp_path / "store")
+        build_strips(run, tmp_path / "store")
     assert not (tmp_path / "store" / "HEAD").exists()
 
 
@@ -480,5 +466,5 @@ def test_a_read_that_fails_once_is_taken_up_again(run, store, monkeypatch):
         return scan_steps(descriptors, offsets, done, *rest)
 
     monkeypatch.setattr(ingest, "scan_steps", fail_first)
-    assert read_tree(build_store(run, store.with_name("again"))) == read_tree(store)
+    assert read_tree(build_strips(run, store.with_name("again"))) == read_tree(store)
     assert any(done > len(STEPS) for done in calls)

@@ -18,6 +18,7 @@ from relex_stream.opened import OpenStore
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store, arrays
 from tests.make_checkpoints import Trajectory, make_trajectory, raw
+from tests.make_stores import build_store
 
 TENSORS = {"a.weight": (30, 10), "b": (30,), "norm.weight": (8,)}
 CONSTANTS = {"ids": raw(np.arange(5, dtype=np.uint64), "I64")}
@@ -59,18 +60,13 @@ def build(
     workers: int = 1,
 ) -> tuple[int, ...]:
     """Build or append with small blocks; return the steps added."""
-    summary = build_module.build(
+    summary = build_store(
         base,
         checkpoints,
         store,
-        pattern=None,
         steps=steps,
-        memory_limit=None,
         workers=workers,
         include_base=include_base,
-        allow_nonfinite=False,
-        seed=0,
-        progress=None,
         block_bytes=BLOCK_BYTES,
         sketch_min_elements=0,
         commit_steps=commit_steps,
