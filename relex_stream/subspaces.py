@@ -179,6 +179,9 @@ class _BlockSums:
         return total
 
     def _grams(self, reader: BlockReader, at: Blocks, workspace: Workspace) -> list[Float64]:
+        if len(at.blocks) > 1 and reader.entries(at, self._rows) > self._entry_capacity:
+            # Each tile would be a sweep of all; a block by itself is one of its own at most.
+            return [gram for block in at.blocks for gram in self._grams(reader, block, workspace)]
         totals = [np.zeros((self._rows, self._rows)) for _ in at.blocks]
         changes = reader.change_rows(at, reader.base_bits(at), self._rows)
         # Needs all rows of a column at once: where they do not fit, each tile is a sweep.

@@ -25,6 +25,7 @@ from relex_stream.blocks import (
     open_base,
     work_on_strips,
 )
+from relex_stream.extrapolation import extrapolate_steps
 from relex_stream.sketch import add_gram, add_weighted_rows
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import DTYPES
@@ -397,6 +398,52 @@ def test_an_extrapolation_is_the_same(store, tmp_path, strips, one_by_one, svd, 
     assert max(widths(strips)) >= 2
     one_by_one()
     assert extrapolate(tmp_path / "apart") == together
+
+
+def test_a_strip_whose_changes_are_too_many_is_not_swept_for_each_of_its_blocks(
+    store, tmp_path, monkeypatch
+):
+    opened = Store(store)
+    kept = [t for t in opened.manifest.tensors if t.kind == "tracked" and t.blocks == 1]
+    counts = opened.changed.sum(axis=0)
+    most = max(int(counts[tensor.first_block]) for tensor in kept)
+    decoded, calls = BlockReader.decoded, []
+
+    def count(self, at, stop):
+        calls.append(at)
+        return decoded(self, at, stop)
+
+    def extrapolate(out, capacity):
+        calls.clear()
+        extrapolate_steps(
+            store,
+            out,
+            target_steps=[30],
+            history_steps=None,
+            rank=2,
+            svd="exact",
+            power_iterations=1,
+            fit="linear",
+            base=None,
+            memory_limit=None,
+            workers=1,
+            overwrite=False,
+            dry_run=False,
+            progress=None,
+            entry_capacity=capacity,
+        )
+        return read_tree(out), [len(at.blocks) for at in calls]
+
+    monkeypatch.setattr(BlockReader, "decoded", count)
+    whole, widths = extrapolate(tmp_path / "whole", 1 << 20)
+    assert max(widths) > 1
+    # Every small tensor fits by itself, its strip does not: it is decoded once for statistics, and
+    # once for the output.
+    cut, widths = extrapolate(tmp_path / "cut", most)
+    assert cut == whole
+    changed = int((opened.changed.sum(axis=0) > 0).sum())
+    tracked = sum(t.blocks for t in opened.manifest.tensors if t.kind == "tracked")
+    assert sum(widths) <= changed + tracked
 
 
 def test_an_export_is_the_same(run, store, tmp_path, strips):
