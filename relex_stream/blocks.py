@@ -459,6 +459,41 @@ def fetch_blocks(
             store.advise(at.tensor, at.block, rows)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Rows of a block or a strip whose frames are read and decoded together.
+
+    Attributes
+    ----------
+    at : BlockOf or Strip
+    stop : int
+        Rows of a strip's block i count on from ``i * stop``.
+    rows : list of int
+        Rows that changed, ascending.
+    counts, sizes, checksums : list of int
+        Of each row: its changes, its frame's bytes and CRC-32C, as they were committed.
+    """
+
+    at: Blocks
+    stop: int
+    rows: list[int]
+    counts: list[int]
+    sizes: list[int]
+    checksums: list[int]
+
+    def by_block(self) -> Iterator[tuple[BlockOf, int, list[int]]]:
+        """Yield each block, the first of its own rows, and the bytes of frames from there on.
+
+        Rows in between that have none have 0 bytes.
+        """
+        pairs = zip(self.rows, self.sizes, strict=True)
+        for number, some in groupby(pairs, lambda pair: pair[0] // self.stop):
+            here = dict(some)
+            first, last = min(here), max(here)
+            sizes = [here.get(row, 0) for row in range(first, last + 1)]
+            yield self.at.blocks[number], first - number * self.stop, sizes
+
+
 class BlockReader:
     """Reads one block of a store across its rows.
 
@@ -497,7 +532,7 @@ class BlockReader:
     def bits_at(self, at: Blocks, base_bits: Bits, rows: int) -> Bits:
         """Return the exact bit patterns after `rows` steps, in the checkpoints' dtype."""
         state = self.start_state(at, base_bits)
-        for _, _, changes in self.decoded(at, rows):
+        for _, changes in self.decoded(at, rows):
             # A step after the other: the order in which they lie there.
             advance(state, changes.positions, changes.zigzags, changes.count)
         return state
@@ -511,22 +546,17 @@ class BlockReader:
         """Return the rows of D for the first `rows` steps."""
         return BlockChanges(self, at, base_bits, rows)
 
-    def decoded(self, at: Blocks, stop: int) -> Iterator[tuple[list[int], list[int], Changes]]:
-        """Yield the changes of rows below `stop`, some rows at a time, in one buffer.
-
-        Yields
-        ------
-        rows : list of int
-            Rows with changes, ascending; those of a strip's block i count on from ``i * stop``.
-        counts : list of int
-            Changes of each.
-        changes : Changes
-            Theirs, one row behind the other.
-        """
+    def decoded(self, at: Blocks, stop: int) -> Iterator[tuple[Run, Changes]]:
+        """Yield the changes of rows below `stop`, some rows at a time, in one buffer."""
         tensor = at.blocks[0].tensor
-        codec, changes = frame_tools(self.workspace, tensor.block_elements, tensor.itemsize)
+        _, changes = frame_tools(self.workspace, tensor.block_elements, tensor.itemsize)
+        for run in self.runs(at, stop):
+            self.decode(run, changes)
+            yield run, changes
+
+    def runs(self, at: Blocks, stop: int) -> Iterator[Run]:
+        """Yield the rows below `stop` that changed, as many at a time as buffers hold."""
         columns = [block.column for block in at.blocks]
-        elements, firsts = np.diff(at.bounds), at.bounds[:-1]
 
         # Lists: of few steps, arrays cost more than the work, and tensors may be very many.
         def committed(table: NDArray[np.uint32]) -> list[int]:
@@ -536,52 +566,70 @@ class BlockReader:
         counts = committed(self.store.changed)
         sizes = committed(self.store.frame_bytes)
         checksums = committed(self.store.frame_crc)
-        for rows in self._runs(at, counts, sizes):
-            frames = self.workspace.array("frames", sum(sizes[row] for row in rows), np.uint8)
-            expected = [
-                [row % stop % STEP_GROUP for row in rows],
+        for rows in self._cut(at, counts, sizes):
+            yield Run(
+                at,
+                stop,
+                rows,
                 [counts[row] for row in rows],
+                [sizes[row] for row in rows],
                 [checksums[row] for row in rows],
-            ]
-            each = np.array([sizes[row] for row in rows], np.int64)
-            block_of = np.array(rows) // stop
-            try:
-                self._read_frames(at, stop, rows, sizes, frames)
-                found = codec.decode_frames(
-                    frames, each, elements[block_of], firsts[block_of], changes
-                ).tolist()
-            except CorruptionError:
-                found = []
-            if found != expected:
-                self._name_damage(at, stop, rows)
-            yield rows, expected[1], changes
+            )
 
-    def _read_frames(
-        self, at: Blocks, stop: int, rows: list[int], sizes: list[int], out: NDArray[np.uint8]
-    ) -> None:
+    def decode(self, run: Run, changes: Changes) -> None:
+        """Decode the changes of a run, one row behind the other.
+
+        Raises
+        ------
+        CorruptionError
+            Naming step, tensor and block.
+        """
+        tensor = run.at.blocks[0].tensor
+        codec, _ = frame_tools(self.workspace, tensor.block_elements, tensor.itemsize)
+        frames = self.workspace.array("frames", sum(run.sizes), np.uint8)
+        block_of = np.array(run.rows) // run.stop
+        bounds = run.at.bounds
+        expected = [
+            [row % run.stop % STEP_GROUP for row in run.rows],
+            run.counts,
+            run.checksums,
+        ]
+        try:
+            self._read_frames(run, frames)
+            found = codec.decode_frames(
+                frames,
+                np.array(run.sizes, np.int64),
+                np.diff(bounds)[block_of],
+                bounds[:-1][block_of],
+                changes,
+            ).tolist()
+        except CorruptionError:
+            found = []
+        if found != expected:
+            self._name_damage(run)
+
+    def _read_frames(self, run: Run, out: NDArray[np.uint8]) -> None:
         done = 0
-        for number, low, high in _rows_by_block(rows, stop):
-            block, first = at.blocks[number], number * stop
-            here = sizes[first + low : first + high]
-            end = done + sum(here)
-            self.store.read_run(block.tensor, block.block, low, here, out[done:end])
+        for block, first, sizes in run.by_block():
+            end = done + sum(sizes)
+            self.store.read_run(block.tensor, block.block, first, sizes, out[done:end])
             done = end
 
-    def _name_damage(self, at: Blocks, stop: int, rows: list[int]) -> None:
+    def _name_damage(self, run: Run) -> None:
         """Decode frames one by one, which finds the one that is wrong and names it."""
-        for number, low, high in _rows_by_block(rows, stop):
-            block = at.blocks[number]
-            for row, frame in self.store.read_frames(block.tensor, block.block, low, high):
+        for block, first, sizes in run.by_block():
+            stop = first + len(sizes)
+            for row, frame in self.store.read_frames(block.tensor, block.block, first, stop):
                 decode_committed(self.store, block, row, frame, self.workspace)
-        first = at.blocks[rows[0] // stop]
+        damaged = run.at.blocks[run.rows[0] // run.stop]
         raise CorruptionError(
-            f"{self.store.path}: tensor {first.tensor.name}, block {first.block}"
-            f"{' or one behind it' if len(at.blocks) > 1 else ''} was damaged "
+            f"{self.store.path}: tensor {damaged.tensor.name}, block {damaged.block}"
+            f"{' or one behind it' if len(run.at.blocks) > 1 else ''} was damaged "
             "when it was first read, and a moment later it was not; verify the store"
         )
 
     @staticmethod
-    def _runs(at: Blocks, counts: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    def _cut(at: Blocks, counts: list[int], sizes: list[int]) -> Iterator[list[int]]:
         """Cut rows with frames into runs at hand together: by bytes of frames, and by changes."""
         capacity = max(at.elements, _RUN_CHANGES)
         run: list[int] = []
@@ -599,13 +647,6 @@ class BlockReader:
             count += counts[row]
         if run:
             yield run
-
-
-def _rows_by_block(rows: list[int], stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield each block's number in its strip, and the range in which its rows of `rows` lie."""
-    for number, some in groupby(rows, lambda row: row // stop):
-        here = list(some)
-        yield number, here[0] - number * stop, here[-1] + 1 - number * stop
 
 
 @dataclass(frozen=True)
@@ -645,8 +686,11 @@ class BlockChanges:
     def at_hand(self) -> BlockRows:
         """Decode all changes, for the kernels of `sweep`; they must fit."""
         ((changes, zigzags),) = self._decode()
+        origin = self._base_bits
+        if self._at.format != self._at.base_format:
+            origin = self._reader.start_state(self._at, origin)
         return BlockRows(
-            state=self._reader.start_state(self._at, self._base_bits),
+            origin=origin,
             format_number=self._at.format.number,
             rows=changes.rows,
             starts=changes.starts,
@@ -734,15 +778,15 @@ class BlockChanges:
         rows: list[int] = []
         counts: list[int] = []
         used = 0
-        for some_rows, some_counts, changes in self._reader.decoded(at, self._rows):
-            if used + changes.count > capacity:
+        for run in self._reader.runs(at, self._rows):
+            end = used + sum(run.counts)
+            if end > capacity:
                 yield ChangeRows.of(rows, counts, positions, values), zigzags
+                end -= used
                 rows, counts, used = [], [], 0
-            end = used + changes.count
-            positions[used:end] = changes.positions[: changes.count]
-            zigzags[used:end] = changes.zigzags[: changes.count]
-            rows += some_rows
-            counts += some_counts
+            self._reader.decode(run, Changes.over(positions[used:end], zigzags[used:end]))
+            rows += run.rows
+            counts += run.counts
             used = end
         yield ChangeRows.of(rows, counts, positions, values), zigzags
 

@@ -504,6 +504,13 @@ class Changes:
         self.positions = np.empty(capacity, np.uint32)
         self.zigzags: Bits = np.empty(capacity, f"u{itemsize}")
 
+    @classmethod
+    def over(cls, positions: NDArray[np.uint32], zigzags: Bits) -> Changes:
+        """Return changes that are kept in these arrays."""
+        changes = cls(0, zigzags.itemsize)
+        changes.positions, changes.zigzags = positions, zigzags
+        return changes
+
     def find(self, before: Bits, after: Bits) -> int:
         """Hold the changes from `before` to `after`, both (b,)."""
         self.count = int(find_changes(before, after, self.positions, self.zigzags))

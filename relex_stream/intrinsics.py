@@ -15,6 +15,9 @@ from numba.extending import intrinsic
 DIFFERENCE_LANES = 64
 """Elements that `difference_mask` compares at a time."""
 
+SUM_LANES = 8
+"""Columns that `add_scaled_lanes` adds at a time."""
+
 read_at = types.ExternalFunction(
     "pread", types.int64(types.int32, types.voidptr, types.uint64, types.int64)
 )
@@ -114,3 +117,45 @@ def crc32c_word_sse42(typingctx: Any, crc: Any, word: Any) -> Any:
         return builder.call(instruction, args)
 
     return types.uint64(types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def add_scaled_lanes(
+    typingctx: Any, out: Any, row: Any, scale: Any, weights: Any, weights_row: Any, column: Any
+) -> Any:
+    """Add ``scale * weights[weights_row]`` to ``out[row]``, 8 columns from `column` on.
+
+    Both arrays are matrices of float32 or float64, C-ordered, one row after the other. The sum is
+    taken in float64, as a loop over the columns would take it: to the same bits.
+    """
+    if any(array.layout != "C" or array.ndim != 2 for array in (out, weights)):
+        return None
+    double = ir.VectorType(ir.DoubleType(), SUM_LANES)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def place_of(array_type: Any, array: Any, row: Any) -> tuple[Any, int]:
+            matrix = context.make_array(array_type)(context, builder, array)
+            width = builder.extract_value(matrix.shape, 1)
+            place = builder.gep(matrix.data, [builder.add(builder.mul(row, width), args[5])])
+            lanes = ir.VectorType(place.type.pointee, SUM_LANES)
+            return builder.bitcast(place, lanes.as_pointer()), array_type.dtype.bitwidth // 8
+
+        def loaded(place: Any, itemsize: int) -> Any:
+            lanes = builder.load(place, align=itemsize)
+            return lanes if lanes.type == double else builder.fpext(lanes, double)
+
+        to, to_itemsize = place_of(signature.args[0], args[0], args[1])
+        added = loaded(*place_of(signature.args[3], args[3], args[4]))
+        first = builder.insert_element(
+            ir.Constant(double, ir.Undefined), args[2], ir.Constant(ir.IntType(32), 0)
+        )
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), SUM_LANES), [0] * SUM_LANES)
+        scales = builder.shuffle_vector(first, first, everywhere)
+        total = builder.fadd(loaded(to, to_itemsize), builder.fmul(scales, added))
+        if total.type != to.type.pointee:
+            total = builder.fptrunc(total, to.type.pointee)
+        builder.store(total, to, align=to_itemsize)
+        return context.get_dummy_value()
+
+    arguments = (out, types.int64, types.float64, weights, types.int64, types.int64)
+    return types.void(*arguments), codegen

@@ -23,8 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
+from relex_stream.intrinsics import SUM_LANES, add_scaled_lanes
 from relex_stream.kernels import kernel
 from relex_stream.ulp import F16, number_one
 
@@ -182,6 +184,16 @@ def _unpack_kernel(patterns, scales, out):  # type: ignore[no-untyped-def]
 # --- products with D, block by block -----------------------------------------------------------
 
 
+@njit(inline="always")
+def add_scaled(out, row, scale, weights, weights_row):  # type: ignore[no-untyped-def]
+    """Add ``scale * weights[weights_row]`` to ``out[row]``; C-ordered matrices of equal width."""
+    whole = out.shape[1] // SUM_LANES * SUM_LANES
+    for column in range(0, whole, SUM_LANES):
+        add_scaled_lanes(out, row, scale, weights, weights_row, column)
+    for column in range(whole, out.shape[1]):
+        out[row, column] += scale * weights[weights_row, column]
+
+
 @kernel
 def project(rows, starts, ends, positions, values, first, coefficients, out):  # type: ignore[no-untyped-def]
     """`add_weighted_rows`, for kernels."""
@@ -189,9 +201,7 @@ def project(rows, starts, ends, positions, values, first, coefficients, out):  #
         row = rows[i]
         for entry in range(starts[i], ends[i]):
             p = np.int64(positions[entry]) - first
-            value = values[entry]
-            for column in range(out.shape[1]):
-                out[p, column] += value * coefficients[row, column]
+            add_scaled(out, p, values[entry], coefficients, row)
 
 
 def add_weighted_rows(
@@ -229,9 +239,7 @@ def contract(rows, starts, ends, positions, values, first, projected, out):  # t
         row = rows[i]
         for entry in range(starts[i], ends[i]):
             p = np.int64(positions[entry]) - first
-            value = values[entry]
-            for column in range(out.shape[1]):
-                out[row, column] += value * projected[p, column]
+            add_scaled(out, row, values[entry], projected, p)
 
 
 def add_products(

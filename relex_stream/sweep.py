@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from relex_stream.intrinsics import trailing_zeros
 from relex_stream.kernels import kernel
-from relex_stream.sketch import contract, project, split_rows
-from relex_stream.ulp import BF16, F16, F32, Bits, advance_rows, finite_one, rounded_sum_one
+from relex_stream.sketch import add_scaled, contract, project
+from relex_stream.ulp import BF16, F16, F32, Bits, advance_one, finite_one, rounded_sum_one
 
-TILE_COLUMNS = 1 << 15
+TILE_COLUMNS = 1 << 13
 """Columns of a tile."""
 
 
@@ -27,8 +27,8 @@ class BlockRows(NamedTuple):
 
     Attributes
     ----------
-    state : ndarray of uint16 or uint32, shape (b,)
-        Bit patterns at the base, in the checkpoints' dtype; at the last row after a sweep.
+    origin : ndarray of uint16 or uint32, shape (b,)
+        Bit patterns at the base, in the checkpoints' dtype.
     format_number : int
         `FloatFormat.number` of these patterns.
     rows, starts, ends : ndarray of int64, shape (n,)
@@ -39,7 +39,7 @@ class BlockRows(NamedTuple):
         Room for the changes in weight units.
     """
 
-    state: Bits
+    origin: Bits
     format_number: int
     rows: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -49,19 +49,31 @@ class BlockRows(NamedTuple):
     values: NDArray[np.float64]
 
 
+@njit(inline="always")
+def _measure(block, cursors, cuts, first, state, format_number):  # type: ignore[no-untyped-def]
+    for i in range(cursors.size):
+        entry, end = cursors[i], block.ends[i]
+        while entry < end:
+            column = np.int64(block.positions[entry]) - first
+            if column >= state.size:
+                break
+            block.values[entry] = advance_one(state, column, block.zigzags[entry], format_number)
+            entry += 1
+        cuts[i] = entry
+
+
 @kernel
-def _measure_tile(block, cursors, cuts, stop):  # type: ignore[no-untyped-def]
-    """Make the changes from `cursors` to column `stop`, and write where they end to `cuts`."""
-    split_rows(block.positions, cursors, block.ends, np.uint32(stop), cuts)
-    advance_rows(
-        block.state,
-        cursors,
-        cuts,
-        block.positions,
-        block.zigzags,
-        block.format_number,
-        block.values,
-    )
+def _measure_tile(block, cursors, cuts, first, state):  # type: ignore[no-untyped-def]
+    """Take the tile's `state` through its changes from `cursors` on; write their ends to `cuts`.
+
+    Column 0 of `state` is `first` of the block.
+    """
+    if block.format_number == BF16:
+        _measure(block, cursors, cuts, first, state, BF16)
+    elif block.format_number == F16:
+        _measure(block, cursors, cuts, first, state, F16)
+    else:
+        _measure(block, cursors, cuts, first, state, F32)
 
 
 @kernel
@@ -78,10 +90,11 @@ def sweep_products(block, coefficients, projected, out):  # type: ignore[no-unty
         Summed into.
     """
     cursors, cuts = block.starts.copy(), np.empty_like(block.starts)
-    for first in range(0, block.state.size, projected.shape[0]):
-        stop = min(block.state.size, first + projected.shape[0])
-        _measure_tile(block, cursors, cuts, stop)
-        tile = projected[: stop - first]
+    for first in range(0, block.origin.size, projected.shape[0]):
+        # A copy: it comes into the cache in one stream, not where the first changes happen to be.
+        state = block.origin[first : first + projected.shape[0]].copy()
+        _measure_tile(block, cursors, cuts, first, state)
+        tile = projected[: state.size]
         tile[:] = 0.0
         rows = (block.rows, cursors, cuts, block.positions, block.values, first)
         project(*rows, coefficients, tile)
@@ -90,12 +103,33 @@ def sweep_products(block, coefficients, projected, out):  # type: ignore[no-unty
 
 
 @njit(inline="always")
-def _mark(positions, cursors, cuts, first, touched):  # type: ignore[no-untyped-def]
-    """Set the bits of all columns of a tile that have an entry."""
-    for row in range(cursors.size):
-        for i in range(cursors[row], cuts[row]):
-            column = np.uint64(positions[i] - np.uint32(first))
-            touched[column >> np.uint64(6)] |= np.uint64(1) << (column & np.uint64(63))
+def _add(block, cursors, first, state, format_number, weights, sums, touched):  # type: ignore[no-untyped-def]
+    for i in range(cursors.size):
+        row, entry, end = block.rows[i], cursors[i], block.ends[i]
+        while entry < end:
+            column = np.int64(block.positions[entry]) - first
+            if column >= state.size:
+                break
+            change = advance_one(state, column, block.zigzags[entry], format_number)
+            add_scaled(sums, column, change, weights, row)
+            touched[column >> 6] |= np.uint64(1) << np.uint64(column & 63)
+            entry += 1
+        cursors[i] = entry
+
+
+@kernel
+def _add_tile(block, cursors, first, state, weights, sums, touched):  # type: ignore[no-untyped-def]
+    """Take the tile's `state` through its changes from `cursors` on, and `cursors` to their ends.
+
+    What each of them adds to the outputs is added to its column of `sums`, whose bit is set in
+    `touched`. Column 0 of all three is `first` of the block.
+    """
+    if block.format_number == BF16:
+        _add(block, cursors, first, state, BF16, weights, sums, touched)
+    elif block.format_number == F16:
+        _add(block, cursors, first, state, F16, weights, sums, touched)
+    else:
+        _add(block, cursors, first, state, F32, weights, sums, touched)
 
 
 @njit(inline="always")
@@ -144,14 +178,13 @@ def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore
         How many results overflowed.
     """
     overflowed = 0
-    cursors, cuts = block.starts.copy(), np.empty_like(block.starts)
+    cursors = block.starts.copy()
     touched = np.zeros((sums.shape[0] + 63) // 64, np.uint64)
     sums[:] = 0.0
     for first in range(0, base.size, sums.shape[0]):
         stop = min(base.size, first + sums.shape[0])
-        _measure_tile(block, cursors, cuts, stop)
-        project(block.rows, cursors, cuts, block.positions, block.values, first, weights, sums)
-        _mark(block.positions, cursors, cuts, first, touched)
+        state = block.origin[first:stop].copy()
+        _add_tile(block, cursors, first, state, weights, sums, touched)
         for output in range(weights.shape[1]):
             out[output, first:stop] = base[first:stop]
         # Most columns have no entry: only those that have one are looked at again.
@@ -161,5 +194,4 @@ def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore
             overflowed += _round_touched(base, first, F16, touched, sums, out)
         else:
             overflowed += _round_touched(base, first, F32, touched, sums, out)
-        cursors[:] = cuts
     return overflowed

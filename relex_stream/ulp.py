@@ -211,18 +211,23 @@ def retreat(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _advance_rows(state, starts, ends, positions, zigzags, format_number, values):  # type: ignore[no-untyped-def]
+def advance_one(state, p, zigzag, format_number):  # type: ignore[no-untyped-def]
+    """Apply a difference to one element of `state`; return what it added, as float64."""
     top = 8 * state.itemsize - 1
     mask = np.uint32((1 << (top + 1)) - 1)
+    before = state[p]
+    code = np.uint32(zigzag)
+    difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
+    after = ordered_one((ordered_one(before, top) + difference) & mask, top)
+    state[p] = after
+    return number_one(after, format_number) - number_one(before, format_number)
+
+
+@njit(inline="always")
+def _advance_rows(state, starts, ends, positions, zigzags, format_number, values):  # type: ignore[no-untyped-def]
     for row in range(starts.size):
         for i in range(starts[row], ends[row]):
-            p = positions[i]
-            before = state[p]
-            code = np.uint32(zigzags[i])
-            difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
-            after = ordered_one((ordered_one(before, top) + difference) & mask, top)
-            state[p] = after
-            values[i] = number_one(after, format_number) - number_one(before, format_number)
+            values[i] = advance_one(state, positions[i], zigzags[i], format_number)
 
 
 @kernel

@@ -104,7 +104,7 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
     for fmt in _formats(tensors):
         before, _, changes = _round_trip(fmt)
         block = BlockRows(
-            state=before,
+            origin=before,
             format_number=fmt.number,
             rows=np.zeros(1, np.int64),
             starts=np.zeros(1, np.int64),
@@ -113,7 +113,7 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
             zigzags=changes.zigzags,
             values=np.zeros(_ELEMENTS),
         )
-        advance_rows(block.state, *block[3:7], fmt.number, block.values)
+        advance_rows(block.origin, *block[3:7], fmt.number, block.values)
         one = np.ones((1, 1))
         sweep_products(block, one, np.zeros((_ELEMENTS, 1), np.float32), np.zeros((1, 1)))
         for base_fmt in {FORMATS[t.base_dtype.code] for t in tensors if t.dtype.code == fmt.code}:

@@ -97,11 +97,11 @@ def test_runs_hold_every_row_that_changed_and_its_changes(run):
         bits = bits_of(run, at)
         for stop in (0, 1, 15, 16, 17, 20):
             rows, found = [], []
-            for some_rows, counts, changes in reader.decoded(at, stop):
-                assert changes.count == sum(counts)
-                assert len(some_rows) == 1 or changes.count <= max(at.elements, blocks._RUN_CHANGES)
-                rows += list(some_rows)
-                ends = np.cumsum(counts)
+            for some, changes in reader.decoded(at, stop):
+                assert changes.count == sum(some.counts)
+                assert len(some.rows) == 1 or changes.count <= max(at.elements, blocks._RUN_CHANGES)
+                rows += some.rows
+                ends = np.cumsum(some.counts)
                 found += np.split(changes.positions[: changes.count].copy(), ends[:-1])
             expected = [np.flatnonzero(bits[row] != bits[row + 1]) for row in range(stop)]
             assert rows == [row for row in range(stop) if expected[row].size]

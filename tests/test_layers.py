@@ -56,7 +56,7 @@ ROOMS = {
     "codec": Room(
         {"kernels", "intrinsics", "checksum", "zstd", "ulp"}, KERNELS | CHECKSUM, pure=True
     ),
-    "sketch": Room({"kernels", "ulp"}, {"numpy"}, pure=True),
+    "sketch": Room({"kernels", "intrinsics", "ulp"}, KERNELS, pure=True),
     # Reads at the descriptors it is given; which files they are, and opening them, is not its.
     "scan": Room(
         {"kernels", "intrinsics", "pages", "checksum", "ulp", "codec", "sketch"},

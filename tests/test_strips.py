@@ -407,11 +407,11 @@ def test_a_strip_whose_changes_are_too_many_is_not_swept_for_each_of_its_blocks(
     kept = [t for t in opened.manifest.tensors if t.kind == "tracked" and t.blocks == 1]
     counts = opened.changed.sum(axis=0)
     most = max(int(counts[tensor.first_block]) for tensor in kept)
-    decoded, calls = BlockReader.decoded, []
+    runs, calls = BlockReader.runs, []
 
     def count(self, at, stop):
         calls.append(at)
-        return decoded(self, at, stop)
+        return runs(self, at, stop)
 
     def extrapolate(out, capacity):
         calls.clear()
@@ -434,7 +434,7 @@ def test_a_strip_whose_changes_are_too_many_is_not_swept_for_each_of_its_blocks(
         )
         return read_tree(out), [len(at.blocks) for at in calls]
 
-    monkeypatch.setattr(BlockReader, "decoded", count)
+    monkeypatch.setattr(BlockReader, "runs", count)
     whole, widths = extrapolate(tmp_path / "whole", 1 << 20)
     assert max(widths) > 1
     # Every small tensor fits by itself, its strip does not: it is decoded once for statistics, and
