@@ -691,7 +691,7 @@ class BlockChanges:
             origin = self._reader.start_state(self._at, origin)
         return BlockRows(
             origin=origin,
-            format_number=self._at.format.number,
+            tag=self._at.format.tag,
             rows=changes.rows,
             starts=changes.starts,
             ends=changes.ends,
@@ -763,7 +763,7 @@ class BlockChanges:
             changes.ends,
             changes.positions,
             zigzags,
-            self._at.format.number,
+            self._at.format.tag,
             changes.values,
         )
 

@@ -83,6 +83,13 @@ class FrameHeader:
         return HEADER.size + self.main_bytes + self.low_bytes + self.extra_bytes
 
 
+@njit(inline="always")
+def _copy(source, out):  # type: ignore[no-untyped-def]
+    # A slice assigned would have seconds spent on compiling the message for unequal shapes.
+    for i in range(source.size):
+        out[i] = source[i]
+
+
 @njit
 def _rice_parameter(count, elements):  # type: ignore[no-untyped-def]
     # The split that minimises the cost for geometric gaps: k = floor(log2(mean gap * ln 2)).
@@ -220,7 +227,7 @@ def _put_stream(handles, raw, out):  # type: ignore[no-untyped-def]
         size = zstd.compress(handles, raw, _ZSTD_LEVEL, out)
         if 0 <= size < raw.size:
             return size, True
-    out[: raw.size] = raw
+    _copy(raw, out)
     return raw.size, False
 
 
@@ -256,7 +263,7 @@ def _put_sparse(row, positions, zigzags, count, elements, streams, handles, out)
     )
     main_bytes, main_packed = _put_stream(handles, streams[:count], out[HEADER_BYTES:])
     at = HEADER_BYTES + main_bytes
-    out[at : at + low_bytes] = streams[count:extra_at]
+    _copy(streams[count:extra_at], out[at:])
     at += low_bytes
     extra = streams[extra_at : extra_at + extra_raw_bytes]
     extra_bytes, extra_packed = _put_stream(handles, extra, out[at:])
@@ -335,7 +342,7 @@ def _get_stream(handles, stored, packed, out):  # type: ignore[no-untyped-def]
         return zstd.decompress(handles, stored, out) == out.size
     if stored.size != out.size:
         return False
-    out[:] = stored
+    _copy(stored, out)
     return True
 
 
@@ -390,7 +397,7 @@ def take_frame(frame, elements, streams, handles, positions, zigzags):  # type: 
     if count > positions.size:
         return NO_ROOM, 0
     low_end, extra_end = count + low_bytes, count + low_bytes + extra_raw_bytes
-    streams[count:low_end] = frame[main_end : main_end + low_bytes]
+    _copy(frame[main_end : main_end + low_bytes], streams[count:])
     if not (
         _get_stream(handles, main, packed, streams[:count])
         and _get_stream(
@@ -457,7 +464,8 @@ def take_frames(  # type: ignore[no-untyped-def]
         table[0, i], table[1, i] = frames[at], count
         table[2, i] = crc_of_frame(frames[at:])
         if firsts[i] > 0:
-            positions[used : used + count] += np.uint32(firsts[i])
+            for change in range(used, used + count):
+                positions[change] += np.uint32(firsts[i])
         at += sizes[i]
         used += count
     return sizes.size, GOOD

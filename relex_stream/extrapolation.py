@@ -126,7 +126,7 @@ class BlockWrite:
         fmt = at.base_format
         if changes.fits:
             block = changes.at_hand()
-            overflowed = int(sweep_outputs(block, weights, base_bits, fmt.number, sums, rounded))
+            overflowed = int(sweep_outputs(block, weights, base_bits, fmt.tag, sums, rounded))
         else:
             sums[:] = 0
             for batch in changes.batches():

@@ -297,7 +297,7 @@ class Ingest:
         keys = np.zeros(len(at.blocks), np.uint64)
         if tables.sketch.shape[2] > 0:
             keys[:] = [sketch_key(self._seed, block.tensor.name) for block in at.blocks]
-        blocks = ScanBlocks(at.bounds, base, state, at.format.number, starts, keys)
+        blocks = ScanBlocks(at.bounds, base, state, at.format.tag, starts, keys)
         buffers = self._scan_buffers(at)
         done = attempts = 0
         while done < offsets.size:

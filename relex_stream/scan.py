@@ -56,8 +56,8 @@ class ScanBlocks(NamedTuple):
         Block i has the elements ``bounds[i] : bounds[i + 1]`` of `base` and `state`.
     base, state : ndarray of uint16 or uint32, shape (b,)
         Bit patterns at the base, and at the last step taken.
-    format_number : int
-        `FloatFormat.number` of them.
+    tag : tuple of int
+        `FloatFormat.tag` of them.
     first_elements : ndarray of int64, shape (n,)
         Offset of each block in its tensor, for the sketch.
     keys : ndarray of uint64, shape (n,)
@@ -67,7 +67,7 @@ class ScanBlocks(NamedTuple):
     bounds: NDArray[np.int64]
     base: Bits
     state: Bits
-    format_number: int
+    tag: tuple[int, ...]
     first_elements: NDArray[np.int64]
     keys: NDArray[np.uint64]
 
@@ -184,7 +184,7 @@ def _scan_step(descriptor, offset, blocks, buffers, tables, block, step):  # typ
             first,
             positions,
             count,
-            blocks.format_number,
+            blocks.tag,
             buffers.values,
         )
         tables.change_sq[block, step] += change_sq

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from relex_stream.intrinsics import SUM_LANES, add_scaled_lanes
 from relex_stream.kernels import kernel
-from relex_stream.ulp import F16, number_one
+from relex_stream.ulp import F16_TAG, number_one
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -178,7 +178,7 @@ def _unpack_kernel(patterns, scales, out):  # type: ignore[no-untyped-def]
     for row in range(out.shape[0]):
         scale = np.float64(scales[row])
         for column in range(out.shape[1]):
-            out[row, column] = number_one(patterns[row, column], F16) * scale
+            out[row, column] = number_one(patterns[row, column], F16_TAG) * scale
 
 
 # --- products with D, block by block -----------------------------------------------------------

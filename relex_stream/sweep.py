@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from relex_stream.intrinsics import trailing_zeros
 from relex_stream.kernels import kernel
 from relex_stream.sketch import add_scaled, contract, project
-from relex_stream.ulp import BF16, F16, F32, Bits, advance_one, finite_one, rounded_sum_one
+from relex_stream.ulp import Bits, advance_one, finite_one, rounded_sum_one
 
 TILE_COLUMNS = 1 << 13
 """Columns of a tile."""
@@ -29,8 +28,8 @@ class BlockRows(NamedTuple):
     ----------
     origin : ndarray of uint16 or uint32, shape (b,)
         Bit patterns at the base, in the checkpoints' dtype.
-    format_number : int
-        `FloatFormat.number` of these patterns.
+    tag : tuple of int
+        `FloatFormat.tag` of these patterns.
     rows, starts, ends : ndarray of int64, shape (n,)
         Row ``rows[i]`` of D has entries ``starts[i]:ends[i]``.
     positions, zigzags : ndarray
@@ -40,7 +39,7 @@ class BlockRows(NamedTuple):
     """
 
     origin: Bits
-    format_number: int
+    tag: tuple[int, ...]
     rows: NDArray[np.int64]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
@@ -49,31 +48,21 @@ class BlockRows(NamedTuple):
     values: NDArray[np.float64]
 
 
-@njit(inline="always")
-def _measure(block, cursors, cuts, first, state, format_number):  # type: ignore[no-untyped-def]
-    for i in range(cursors.size):
-        entry, end = cursors[i], block.ends[i]
-        while entry < end:
-            column = np.int64(block.positions[entry]) - first
-            if column >= state.size:
-                break
-            block.values[entry] = advance_one(state, column, block.zigzags[entry], format_number)
-            entry += 1
-        cuts[i] = entry
-
-
 @kernel
 def _measure_tile(block, cursors, cuts, first, state):  # type: ignore[no-untyped-def]
     """Take the tile's `state` through its changes from `cursors` on; write their ends to `cuts`.
 
     Column 0 of `state` is `first` of the block.
     """
-    if block.format_number == BF16:
-        _measure(block, cursors, cuts, first, state, BF16)
-    elif block.format_number == F16:
-        _measure(block, cursors, cuts, first, state, F16)
-    else:
-        _measure(block, cursors, cuts, first, state, F32)
+    for i in range(cursors.size):
+        entry, end = cursors[i], block.ends[i]
+        while entry < end:
+            column = np.int64(block.positions[entry]) - first
+            if column >= state.size:
+                break
+            block.values[entry] = advance_one(state, column, block.zigzags[entry], block.tag)
+            entry += 1
+        cuts[i] = entry
 
 
 @kernel
@@ -99,22 +88,8 @@ def sweep_products(block, coefficients, projected, out):  # type: ignore[no-unty
         rows = (block.rows, cursors, cuts, block.positions, block.values, first)
         project(*rows, coefficients, tile)
         contract(*rows, tile, out)
-        cursors[:] = cuts
-
-
-@njit(inline="always")
-def _add(block, cursors, first, state, format_number, weights, sums, touched):  # type: ignore[no-untyped-def]
-    for i in range(cursors.size):
-        row, entry, end = block.rows[i], cursors[i], block.ends[i]
-        while entry < end:
-            column = np.int64(block.positions[entry]) - first
-            if column >= state.size:
-                break
-            change = advance_one(state, column, block.zigzags[entry], format_number)
-            add_scaled(sums, column, change, weights, row)
-            touched[column >> 6] |= np.uint64(1) << np.uint64(column & 63)
-            entry += 1
-        cursors[i] = entry
+        for i in range(cursors.size):
+            cursors[i] = cuts[i]
 
 
 @kernel
@@ -124,16 +99,21 @@ def _add_tile(block, cursors, first, state, weights, sums, touched):  # type: ig
     What each of them adds to the outputs is added to its column of `sums`, whose bit is set in
     `touched`. Column 0 of all three is `first` of the block.
     """
-    if block.format_number == BF16:
-        _add(block, cursors, first, state, BF16, weights, sums, touched)
-    elif block.format_number == F16:
-        _add(block, cursors, first, state, F16, weights, sums, touched)
-    else:
-        _add(block, cursors, first, state, F32, weights, sums, touched)
+    for i in range(cursors.size):
+        row, entry, end = block.rows[i], cursors[i], block.ends[i]
+        while entry < end:
+            column = np.int64(block.positions[entry]) - first
+            if column >= state.size:
+                break
+            change = advance_one(state, column, block.zigzags[entry], block.tag)
+            add_scaled(sums, column, change, weights, row)
+            touched[column >> 6] |= np.uint64(1) << np.uint64(column & 63)
+            entry += 1
+        cursors[i] = entry
 
 
-@njit(inline="always")
-def _round_touched(base, first, format_number, touched, sums, out):  # type: ignore[no-untyped-def]
+@kernel
+def _round_touched(base, first, tag, touched, sums, out):  # type: ignore[no-untyped-def]
     """Write the marked columns of a tile, and leave its marks and sums at zero."""
     overflowed = 0
     for word in range(touched.size):
@@ -148,14 +128,14 @@ def _round_touched(base, first, format_number, touched, sums, out):  # type: ign
                 sums[column, output] = 0.0
                 # What adds up to nothing keeps its exact bits (a negative zero, a NaN's payload).
                 if total != 0.0:
-                    after = rounded_sum_one(before, total, format_number)
-                    overflowed += not finite_one(after, format_number)
+                    after = rounded_sum_one(before, total, tag)
+                    overflowed += not finite_one(after, tag)
                     out[output, first + column] = after
     return overflowed
 
 
 @kernel
-def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore[no-untyped-def]
+def sweep_outputs(block, weights, base, base_tag, sums, out):  # type: ignore[no-untyped-def]
     """Write ``base + D^T W``, rounded once, for each column of W.
 
     Parameters
@@ -165,8 +145,8 @@ def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore
         W.
     base : ndarray of uint16 or uint32, shape (b,)
         Bit patterns in the base's own dtype.
-    base_format : int
-        `FloatFormat.number` of that dtype.
+    base_tag : tuple of int
+        `FloatFormat.tag` of that dtype.
     sums : ndarray of float64, shape (columns, outputs)
         Room for a tile.
     out : ndarray, dtype of `base`, shape (outputs, >= b)
@@ -186,12 +166,8 @@ def sweep_outputs(block, weights, base, base_format, sums, out):  # type: ignore
         state = block.origin[first:stop].copy()
         _add_tile(block, cursors, first, state, weights, sums, touched)
         for output in range(weights.shape[1]):
-            out[output, first:stop] = base[first:stop]
+            for column in range(first, stop):
+                out[output, column] = base[column]
         # Most columns have no entry: only those that have one are looked at again.
-        if base_format == BF16:
-            overflowed += _round_touched(base, first, BF16, touched, sums, out)
-        elif base_format == F16:
-            overflowed += _round_touched(base, first, F16, touched, sums, out)
-        else:
-            overflowed += _round_touched(base, first, F32, touched, sums, out)
+        overflowed += _round_touched(base, first, base_tag, touched, sums, out)
     return overflowed

@@ -40,8 +40,9 @@ class FloatFormat:
     ----------
     code : str
         safetensors dtype code.
-    number : int
-        The same for compiled kernels, which take no strings.
+    tag : tuple of int
+        The same for compiled kernels, by its length, which is part of its type: each kernel is
+        compiled for the formats that it meets, and none has a branch left that asks for them.
     mantissa : int
         Stored mantissa bits.
     bias : int
@@ -51,7 +52,7 @@ class FloatFormat:
     """
 
     code: str
-    number: int
+    tag: tuple[int, ...]
     mantissa: int
     bias: int
     bits_dtype: np.dtype[Any]
@@ -62,16 +63,16 @@ class FloatFormat:
         return self.bits_dtype.itemsize
 
 
+_BF16, _F16 = 1, 2  # lengths of tags
+
+F16_TAG = (0, 0)
+
 FORMATS = {
-    "BF16": FloatFormat("BF16", 0, 7, 127, np.dtype(np.uint16)),
-    "F16": FloatFormat("F16", 1, 10, 15, np.dtype(np.uint16)),
-    "F32": FloatFormat("F32", 2, 23, 127, np.dtype(np.uint32)),
+    "BF16": FloatFormat("BF16", (0,), 7, 127, np.dtype(np.uint16)),
+    "F16": FloatFormat("F16", F16_TAG, 10, 15, np.dtype(np.uint16)),
+    "F32": FloatFormat("F32", (0, 0, 0), 23, 127, np.dtype(np.uint32)),
 }
 """Float formats by safetensors dtype code."""
-
-BF16, F16, F32 = 0, 1, 2
-# A kernel's loop is written once, inlined, and compiled once for each of these: where the format is
-# known, a function like `number_one` has no branch left that asks for it.
 
 
 def ordered(bits: Bits) -> Bits:
@@ -108,25 +109,25 @@ def ordered_one(pattern, top):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def finite_one(pattern, format_number):  # type: ignore[no-untyped-def]
+def finite_one(pattern, tag):  # type: ignore[no-untyped-def]
     """Say whether a pattern is a finite number."""
     wide = np.uint32(pattern)
-    if format_number == BF16:
+    if len(tag) == _BF16:
         return (wide & np.uint32(0x7F80)) != np.uint32(0x7F80)
-    if format_number == F16:
+    if len(tag) == _F16:
         return (wide & np.uint32(0x7C00)) != np.uint32(0x7C00)
     return (wide & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
 
 
 @njit(inline="always")
-def number_one(pattern, format_number):  # type: ignore[no-untyped-def]
+def number_one(pattern, tag):  # type: ignore[no-untyped-def]
     """Return the value of a pattern as float64, 0.0 when it is not finite."""
-    if not finite_one(pattern, format_number):
+    if not finite_one(pattern, tag):
         return 0.0
     wide = np.uint32(pattern)
-    if format_number == BF16:
+    if len(tag) == _BF16:
         return np.float64(float32_from_bits(wide << np.uint32(16)))
-    if format_number == F16:
+    if len(tag) == _F16:
         # The half's exponent and mantissa in a float's place, then the bias put right by an
         # exact multiplication; subnormal halves come out exact too.
         magnitude = np.float64(float32_from_bits((wide & np.uint32(0x7FFF)) << np.uint32(13)))
@@ -211,7 +212,7 @@ def retreat(state, positions, zigzags, count):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def advance_one(state, p, zigzag, format_number):  # type: ignore[no-untyped-def]
+def advance_one(state, p, zigzag, tag):  # type: ignore[no-untyped-def]
     """Apply a difference to one element of `state`; return what it added, as float64."""
     top = 8 * state.itemsize - 1
     mask = np.uint32((1 << (top + 1)) - 1)
@@ -220,60 +221,23 @@ def advance_one(state, p, zigzag, format_number):  # type: ignore[no-untyped-def
     difference = (code >> np.uint32(1)) ^ (np.uint32(0) - (code & np.uint32(1)))
     after = ordered_one((ordered_one(before, top) + difference) & mask, top)
     state[p] = after
-    return number_one(after, format_number) - number_one(before, format_number)
-
-
-@njit(inline="always")
-def _advance_rows(state, starts, ends, positions, zigzags, format_number, values):  # type: ignore[no-untyped-def]
-    for row in range(starts.size):
-        for i in range(starts[row], ends[row]):
-            values[i] = advance_one(state, positions[i], zigzags[i], format_number)
+    return number_one(after, tag) - number_one(before, tag)
 
 
 @kernel
-def advance_rows(state, starts, ends, positions, zigzags, format_number, values):  # type: ignore[no-untyped-def]
+def advance_rows(state, starts, ends, positions, zigzags, tag, values):  # type: ignore[no-untyped-def]
     """Apply the differences of some rows to `state` in place, one row after the other.
 
     Row i has entries ``starts[i]:ends[i]`` of positions and zigzags. What each added is written to
-    `values`, as float64, at the same place.
+    `values`, as float64, at the same place; `tag` is the `FloatFormat.tag` of the patterns.
     """
-    if format_number == BF16:
-        _advance_rows(state, starts, ends, positions, zigzags, BF16, values)
-    elif format_number == F16:
-        _advance_rows(state, starts, ends, positions, zigzags, F16, values)
-    else:
-        _advance_rows(state, starts, ends, positions, zigzags, F32, values)
-
-
-@njit(inline="always")
-def _take_changes(base, state, after, first, positions, count, format_number, values):  # type: ignore[no-untyped-def]
-    change_sq = 0.0
-    growth = 0.0
-    nonfinite_at = -1
-    for i in range(count):
-        at = positions[i]
-        p = first + np.int64(at)
-        positions[i] = p
-        if (
-            nonfinite_at < 0
-            and not finite_one(after[at], format_number)
-            and finite_one(base[p], format_number)
-        ):
-            nonfinite_at = p
-        now = number_one(after[at], format_number)
-        then = number_one(state[p], format_number)
-        origin = number_one(base[p], format_number)
-        state[p] = after[at]
-        change = now - then
-        values[i] = change
-        change_sq += change * change
-        # (now - origin)^2 - (then - origin)^2, factored so that it does not cancel.
-        growth += change * ((now - origin) + (then - origin))
-    return change_sq, growth, nonfinite_at
+    for row in range(starts.size):
+        for i in range(starts[row], ends[row]):
+            values[i] = advance_one(state, positions[i], zigzags[i], tag)
 
 
 @kernel
-def take_changes(base, state, after, first, positions, count, format_number, values):  # type: ignore[no-untyped-def]
+def take_changes(base, state, after, first, positions, count, tag, values):  # type: ignore[no-untyped-def]
     """Measure the changes that `find_changes` found in a piece of a block, and make them.
 
     Parameters
@@ -299,11 +263,25 @@ def take_changes(base, state, after, first, positions, count, format_number, val
         First position in the block that is not finite now though the base is finite there; -1 if
         none.
     """
-    if format_number == BF16:
-        return _take_changes(base, state, after, first, positions, count, BF16, values)
-    if format_number == F16:
-        return _take_changes(base, state, after, first, positions, count, F16, values)
-    return _take_changes(base, state, after, first, positions, count, F32, values)
+    change_sq = 0.0
+    growth = 0.0
+    nonfinite_at = -1
+    for i in range(count):
+        at = positions[i]
+        p = first + np.int64(at)
+        positions[i] = p
+        if nonfinite_at < 0 and not finite_one(after[at], tag) and finite_one(base[p], tag):
+            nonfinite_at = p
+        now = number_one(after[at], tag)
+        then = number_one(state[p], tag)
+        origin = number_one(base[p], tag)
+        state[p] = after[at]
+        change = now - then
+        values[i] = change
+        change_sq += change * change
+        # (now - origin)^2 - (then - origin)^2, factored so that it does not cancel.
+        growth += change * ((now - origin) + (then - origin))
+    return change_sq, growth, nonfinite_at
 
 
 @njit(inline="always")
@@ -329,38 +307,29 @@ def _round_one(value, mantissa, bias):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def rounded_sum_one(pattern, addend, format_number):  # type: ignore[no-untyped-def]
+def rounded_sum_one(pattern, addend, tag):  # type: ignore[no-untyped-def]
     """Return the pattern of a pattern's value plus a float64, rounded once to nearest even."""
-    value = number_one(pattern, format_number) + addend
-    if format_number == BF16:
+    value = number_one(pattern, tag) + addend
+    if len(tag) == _BF16:
         return _round_one(value, 7, 127)
-    if format_number == F16:
+    if len(tag) == _F16:
         return _round_one(value, 10, 15)
     return bits_from_float32(np.float32(value))
 
 
-@njit(inline="always")
-def _add_rounded(bits, addend, format_number, out):  # type: ignore[no-untyped-def]
+@kernel
+def _add_rounded_kernel(bits, addend, tag, out):  # type: ignore[no-untyped-def]
     overflowed = 0
     for i in range(bits.size):
         # An element no step changed keeps its exact bits (a negative zero, a NaN's payload).
         if addend[i] == 0.0:
             out[i] = bits[i]
             continue
-        pattern = rounded_sum_one(bits[i], addend[i], format_number)
-        if not finite_one(pattern, format_number):
+        pattern = rounded_sum_one(bits[i], addend[i], tag)
+        if not finite_one(pattern, tag):
             overflowed += 1
         out[i] = pattern
     return overflowed
-
-
-@kernel
-def _add_rounded_kernel(bits, addend, format_number, out):  # type: ignore[no-untyped-def]
-    if format_number == BF16:
-        return _add_rounded(bits, addend, BF16, out)
-    if format_number == F16:
-        return _add_rounded(bits, addend, F16, out)
-    return _add_rounded(bits, addend, F32, out)
 
 
 def add_rounded(base: Bits, addend: NDArray[np.float64], fmt: FloatFormat, out: Bits) -> int:
@@ -391,7 +360,7 @@ def add_rounded(base: Bits, addend: NDArray[np.float64], fmt: FloatFormat, out: 
     >>> hex(out[0])
     '0x3fc0'
     """
-    return int(_add_rounded_kernel(base, addend, fmt.number, out))
+    return int(_add_rounded_kernel(base, addend, fmt.tag, out))
 
 
 def widen(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> None:
@@ -411,8 +380,8 @@ def widen(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> No
 def _widen_half_kernel(bits, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
         wide = np.uint32(bits[i])
-        if finite_one(wide, F16):
-            out[i] = bits_from_float32(np.float32(number_one(wide, F16)))
+        if finite_one(wide, F16_TAG):
+            out[i] = bits_from_float32(np.float32(number_one(wide, F16_TAG)))
         else:
             # By integers: a conversion in hardware quiets signalling NaNs on some machines, and a
             # store must give the same bits on all.
@@ -427,9 +396,9 @@ def can_widen(source: FloatFormat, target: FloatFormat) -> bool:
 
 
 @kernel
-def _numbers_kernel(bits, format_number, out):  # type: ignore[no-untyped-def]
+def _numbers_kernel(bits, tag, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
-        out[i] = number_one(bits[i], format_number)
+        out[i] = number_one(bits[i], tag)
 
 
 def numbers(bits: Bits, fmt: FloatFormat) -> NDArray[np.float64]:
@@ -441,5 +410,5 @@ def numbers(bits: Bits, fmt: FloatFormat) -> NDArray[np.float64]:
     [1.0, 0.0]
     """
     out = np.empty(bits.shape, np.float64)
-    _numbers_kernel(bits.reshape(-1), fmt.number, out.reshape(-1))
+    _numbers_kernel(bits.reshape(-1), fmt.tag, out.reshape(-1))
     return out

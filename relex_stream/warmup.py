@@ -88,7 +88,7 @@ def _warm_up_encoding(tensors: Iterable[StoredTensor]) -> None:
         before, after, changes = _round_trip(fmt)
         buffers = scan_buffers(FrameCodec(_ELEMENTS, fmt.itemsize), changes)
         none, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
-        blocks = ScanBlocks(np.zeros(1, np.int64), before, after, fmt.number, none, keys)
+        blocks = ScanBlocks(np.zeros(1, np.int64), before, after, fmt.tag, none, keys)
         nowhere = np.zeros(0, np.int32), np.zeros((0, 0), np.int64)
         scan_steps(*nowhere, 0, 0, 0, blocks, buffers, scan_tables(0, 0, SKETCH_WIDTH))
 
@@ -105,7 +105,7 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
         before, _, changes = _round_trip(fmt)
         block = BlockRows(
             origin=before,
-            format_number=fmt.number,
+            tag=fmt.tag,
             rows=np.zeros(1, np.int64),
             starts=np.zeros(1, np.int64),
             ends=np.array([changes.count]),
@@ -113,13 +113,13 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
             zigzags=changes.zigzags,
             values=np.zeros(_ELEMENTS),
         )
-        advance_rows(block.origin, *block[3:7], fmt.number, block.values)
+        advance_rows(block.origin, *block[3:7], fmt.tag, block.values)
         one = np.ones((1, 1))
         sweep_products(block, one, np.zeros((_ELEMENTS, 1), np.float32), np.zeros((1, 1)))
         for base_fmt in {FORMATS[t.base_dtype.code] for t in tensors if t.dtype.code == fmt.code}:
             base = np.zeros(_ELEMENTS, base_fmt.bits_dtype)
             out = np.zeros((1, _ELEMENTS), base_fmt.bits_dtype)
-            sweep_outputs(block, one, base, base_fmt.number, np.zeros((_ELEMENTS, 1)), out)
+            sweep_outputs(block, one, base, base_fmt.tag, np.zeros((_ELEMENTS, 1)), out)
     for code in {tensor.base_dtype.code for tensor in tensors if tensor.kind == "tracked"}:
         bits = np.zeros(_ELEMENTS, FORMATS[code].bits_dtype)
         add_rounded(bits, np.ones((_ELEMENTS, 1))[:, 0], FORMATS[code], bits)

@@ -197,7 +197,7 @@ def test_kernels_that_sweep_tiles_agree_with_sums_over_the_block(run, columns):
                 changes.at_hand(),
                 weights,
                 base_bits,
-                fmt.number,
+                fmt.tag,
                 np.full((columns, width), np.nan),
                 out,
             )

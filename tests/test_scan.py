@@ -153,7 +153,7 @@ def run(block: Block, state, buffers: ScanBuffers, tables: ScanTables, first=0, 
         np.array([0, block.base.size]),
         block.base,
         state,
-        FORMATS[block.code].number,
+        FORMATS[block.code].tag,
         np.array([block.first_element]),
         np.array([KEY]),
     )

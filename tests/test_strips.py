@@ -283,7 +283,7 @@ def test_gram_matrices_and_outputs_of_a_strip_are_those_of_its_blocks(sides):
 
     def outputs_of(changes, base, weights):
         out, room = np.zeros((3, base.size), base.dtype), np.zeros((77, 3))
-        sweep_outputs(changes.at_hand(), weights, base, strip.base_format.number, room, out)
+        sweep_outputs(changes.at_hand(), weights, base, strip.base_format.tag, room, out)
         return out
 
     rng = np.random.default_rng(0)

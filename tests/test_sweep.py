@@ -53,7 +53,7 @@ def make_case(code, size, steps, share, seed):
     dense = np.diff([oracle.values(each, code) for each in bits], axis=0)
     block = BlockRows(
         origin=bits[0].copy(),
-        format_number=fmt.number,
+        tag=fmt.tag,
         rows=np.array(rows, np.int64),
         starts=np.array(starts, np.int64),
         ends=np.array(ends, np.int64),
@@ -109,7 +109,7 @@ def test_outputs_are_rounded_once_from_the_float64_sum(case, tile, width, base_c
     spare = 3
     out = np.zeros((width, size + spare), base.dtype)
     sums = np.full((tile, width), np.nan)
-    overflowed = sweep_outputs(case.rows, weights, base, FORMATS[base_code].number, sums, out)
+    overflowed = sweep_outputs(case.rows, weights, base, FORMATS[base_code].tag, sums, out)
     expected_overflows = 0
     for output in range(width):
         added = np.zeros(size)

@@ -96,9 +96,9 @@ def test_one_pattern_is_taken_as_arrays_are(code):
     exact = as_float64(bits, fmt)
     top = WIDTH[code] - 1
     assert [ordered_one(pattern, top) for pattern in bits] == ordered(bits).tolist()
-    assert [finite_one(p, fmt.number) for p in bits] == np.isfinite(exact).tolist()
+    assert [finite_one(p, fmt.tag) for p in bits] == np.isfinite(exact).tolist()
     expected = np.where(np.isfinite(exact), exact, 0.0)
-    assert np.array_equal([number_one(pattern, fmt.number) for pattern in bits], expected)
+    assert np.array_equal([number_one(pattern, fmt.tag) for pattern in bits], expected)
 
 
 # --- differences between two steps -------------------------------------------------------------
@@ -137,7 +137,7 @@ def check_values(before, after, fmt):
     count = changes.count
     state, values = before.copy(), np.full(before.size + 1, np.nan)
     starts, ends = np.zeros(1, np.int64), np.array([count])
-    advance_rows(state, starts, ends, changes.positions, changes.zigzags, fmt.number, values)
+    advance_rows(state, starts, ends, changes.positions, changes.zigzags, fmt.tag, values)
     assert np.array_equal(state, after)
     at = changes.positions[:count]
     assert np.array_equal(values[:count], numbers(after, fmt)[at] - numbers(before, fmt)[at])
@@ -176,7 +176,7 @@ def test_advance_rows_takes_one_row_after_the_other_and_only_what_they_name(code
         positions[starts[row] : ends[row]] = changes.positions[:count]
         zigzags[starts[row] : ends[row]] = changes.zigzags[:count]
     state, values = bits[0].copy(), np.full(positions.size, np.nan)
-    advance_rows(state, starts, ends, positions, zigzags, fmt.number, values)
+    advance_rows(state, starts, ends, positions, zigzags, fmt.tag, values)
     assert np.array_equal(state, bits[-1])
     expected = np.full(positions.size, np.nan)
     for row in range(steps):
@@ -475,7 +475,7 @@ def test_take_changes_measures_and_makes_the_changes_of_a_piece(code, first):
     values = np.full(piece, np.nan)
     state = before.copy()
     change_sq, growth, nonfinite_at = take_changes(
-        base, state, after, first, positions, at.size, fmt.number, values
+        base, state, after, first, positions, at.size, fmt.tag, values
     )
     # Of the whole of `after`, only the elements named were taken over, at their place in the block.
     expected = before.copy()
@@ -505,9 +505,7 @@ def test_take_changes_names_the_first_position_that_became_not_finite(code):
     def measure(first, *at):
         positions = np.array(at, np.uint32)
         piece, state = after[first:], before.copy()
-        return take_changes(
-            base, state, piece, first, positions, positions.size, fmt.number, values
-        )
+        return take_changes(base, state, piece, first, positions, positions.size, fmt.tag, values)
 
     assert measure(0, 0, 1, 2, 3, 4)[2] == 2
     assert measure(0, 3, 4)[2] == 3
@@ -529,6 +527,7 @@ def test_growth_does_not_cancel():
     before = np.array([1e10], np.float32).view(np.uint32)
     after = before + np.uint32(1)
     values, state = np.empty(1), before.copy()
-    _, growth, _ = take_changes(base, state, after, 0, np.zeros(1, np.uint32), 1, 2, values)
+    positions = np.zeros(1, np.uint32)
+    _, growth, _ = take_changes(base, state, after, 0, positions, 1, F32.tag, values)
     then, now = (Fraction(float(b.view(np.float32)[0])) for b in (before, after))
     assert growth == float(now * now - then * then)
