@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from relex_stream import machine, planner
-from relex_stream.blocks import BaseWeights, BlockOf, check_base_layout, model_shape
+from relex_stream.base_weights import BaseWeights, check_base_layout
+from relex_stream.blocks import BlockOf, model_shape
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.graph import grouped, run_groups
 from relex_stream.ingest import BlockStatistics, Ingest, TensorResult

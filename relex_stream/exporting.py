@@ -12,17 +12,14 @@ import numpy as np
 
 from relex_stream import machine, planner
 from relex_stream.assemble import Assembly
+from relex_stream.base_weights import BaseWeights, base_directory, open_base
+from relex_stream.block_reader import BlockReader, fetch_blocks
 from relex_stream.blocks import (
-    BaseWeights,
     BlockOf,
-    BlockReader,
     Blocks,
     Workspace,
-    base_directory,
-    fetch_blocks,
     float_formats,
     model_shape,
-    open_base,
     work_on_strips,
 )
 from relex_stream.checksum import extend_each

@@ -22,18 +22,14 @@ from numpy.typing import NDArray
 
 from relex_stream import cards, machine, planner
 from relex_stream.assemble import Assembly
+from relex_stream.base_weights import BaseWeights, base_directory, open_base
+from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY, BlockReader, fetch_blocks
 from relex_stream.blocks import (
-    DEFAULT_ENTRY_CAPACITY,
-    BaseWeights,
     BlockOf,
-    BlockReader,
     Blocks,
     Workspace,
-    base_directory,
-    fetch_blocks,
     float_formats,
     model_shape,
-    open_base,
     work_on_strips,
 )
 from relex_stream.errors import RelexStreamWarning

@@ -17,13 +17,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from relex_stream.base_weights import BaseWeights
+from relex_stream.block_reader import BlockReader, fetch_blocks
 from relex_stream.blocks import (
-    BaseWeights,
     BlockOf,
-    BlockReader,
     Blocks,
     Workspace,
-    fetch_blocks,
     float_formats,
     frame_tools,
     work_on_strips,

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream.blocks import BaseWeights, BlockOf, BlockReader, Workspace, open_base
+from relex_stream.base_weights import BaseWeights, open_base
+from relex_stream.block_reader import BlockReader
+from relex_stream.blocks import BlockOf, Workspace
 from relex_stream.errors import OptionError
 from relex_stream.graph import lazy_array
 from relex_stream.sources import CheckpointReader

@@ -17,16 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream import planner
-from relex_stream.blocks import (
-    BaseWeights,
-    BlockOf,
-    BlockReader,
-    Blocks,
-    Workspace,
-    fetch_blocks,
-    float_formats,
-    work_on_strips,
-)
+from relex_stream.base_weights import BaseWeights
+from relex_stream.block_reader import BlockReader, fetch_blocks
+from relex_stream.blocks import BlockOf, Blocks, Workspace, float_formats, work_on_strips
 from relex_stream.graph import Fetcher, Group, grouped, map_in_threads, run_groups
 from relex_stream.sketch import (
     OVERSAMPLING,

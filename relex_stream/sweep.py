@@ -2,7 +2,8 @@
 
 The counterpart of `scan` for reading. The block is taken in tiles of columns, so that its state and
 what is summed per column stay in the processor's cache: over the whole block at once the same sums
-take several times as long. For blocks whose changes are all at hand; see `blocks.BlockChanges`.
+take several times as long. For blocks whose changes are all at hand, as
+`block_reader.BlockChanges` has them.
 """
 
 from __future__ import annotations

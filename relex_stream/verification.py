@@ -9,14 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from relex_stream import machine
-from relex_stream.blocks import (
-    BaseWeights,
-    BlockOf,
-    Workspace,
-    decode_committed,
-    frame_tools,
-    open_base,
-)
+from relex_stream.base_weights import BaseWeights, open_base
+from relex_stream.block_reader import decode_committed
+from relex_stream.blocks import BlockOf, Workspace, frame_tools
 from relex_stream.errors import CorruptionError, SourceError
 from relex_stream.graph import grouped, run_groups
 from relex_stream.sources import CheckpointReader

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
-from relex_stream.blocks import BlockOf, BlockReader
+from relex_stream.block_reader import BlockReader
+from relex_stream.blocks import BlockOf
 from tests.make_checkpoints import (
     RawTensor,
     Trajectory,

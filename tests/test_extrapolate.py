@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 import relex_stream as rs
 from relex_stream import extrapolation
-from relex_stream.blocks import DEFAULT_ENTRY_CAPACITY, open_base
+from relex_stream.base_weights import open_base
+from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import BLOCK_BYTES, NoProgress
 from relex_stream.store import Store

@@ -37,7 +37,17 @@ CHECKSUM = {"google_crc32c"}
 
 BELOW_STAGES = {
     *("paths", "ulp", "codec", "sketch", "fit", "planner", "sources", "writer", "store"),
-    *("machine", "graph", "blocks", "pages", "checksum", "sweep", "_version"),
+    *(
+        "machine",
+        "graph",
+        "blocks",
+        "base_weights",
+        "block_reader",
+        "pages",
+        "checksum",
+        "sweep",
+        "_version",
+    ),
 }
 """What the rooms that put everything together may use."""
 
@@ -82,9 +92,14 @@ ROOMS = {
     # The only room that knows dask.
     "graph": Room({"planner"}, {"dask", "distributed", "numpy", "threadpoolctl"}),
     # What several stages share: a block across its steps, a file put together from blocks.
-    "blocks": Room(
-        {"pages", "checksum", "ulp", "codec", "sketch", "sweep", "planner", "sources", "store"},
+    "blocks": Room({"pages", "ulp", "codec", "planner", "store"}, {"numpy"}),
+    "base_weights": Room(
+        {"blocks", "checksum", "ulp", "sources", "store"},
         {"numpy"} | CHECKSUM,
+    ),
+    "block_reader": Room(
+        {"blocks", "base_weights", "ulp", "codec", "sketch", "sweep", "planner", "store"},
+        {"numpy"},
     ),
     "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),

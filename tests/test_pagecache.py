@@ -9,7 +9,9 @@ import pytest
 
 import relex_stream as rs
 from relex_stream import graph, pagecache, writer
-from relex_stream.blocks import BlockOf, Workspace, fetch_blocks, open_base
+from relex_stream.base_weights import open_base
+from relex_stream.block_reader import fetch_blocks
+from relex_stream.blocks import BlockOf, Workspace
 from relex_stream.pagecache import ask_for, start_writing
 from relex_stream.sources import CheckpointReader
 from relex_stream.store import Store

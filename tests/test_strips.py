@@ -15,16 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import relex_stream as rs
-from relex_stream import blocks, build, ingest, scan
-from relex_stream.blocks import (
-    BlockOf,
-    BlockReader,
-    Strip,
-    Workspace,
-    float_formats,
-    open_base,
-    work_on_strips,
-)
+from relex_stream import blocks, build, ingest, planner, scan
+from relex_stream.base_weights import open_base
+from relex_stream.block_reader import BlockReader
+from relex_stream.blocks import BlockOf, Strip, Workspace, float_formats, work_on_strips
 from relex_stream.extrapolation import extrapolate_steps
 from relex_stream.sketch import add_gram, add_weighted_rows
 from relex_stream.sources import CheckpointReader
@@ -198,7 +192,7 @@ def at_hand(request, monkeypatch):
     """Changes and bytes of frames at hand at a time; None for those the program has."""
     if request.param is not None:
         monkeypatch.setattr(blocks, "_RUN_CHANGES", request.param[0])
-        monkeypatch.setattr(blocks.planner, "FRAMES_AT_HAND_BYTES", request.param[1])
+        monkeypatch.setattr(planner, "FRAMES_AT_HAND_BYTES", request.param[1])
 
 
 @dataclass
