@@ -102,57 +102,19 @@ class Run:
             yield self.at.blocks[number], first - number * self.stop, sizes
 
 
-class BlockReader:
-    """Reads one block of a store across its rows.
+class FrameReader:
+    """Reads and decodes the committed frames of blocks.
 
     Parameters
     ----------
     store : Store
-    base : BaseWeights
     workspace : Workspace
         This worker's buffers; what is returned lies in them until the next block.
-    entry_capacity : int
-        Changes held at a time.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        base: BaseWeights,
-        workspace: Workspace,
-        entry_capacity: int = DEFAULT_ENTRY_CAPACITY,
-    ) -> None:
+    def __init__(self, store: Store, workspace: Workspace) -> None:
         self.store = store
-        self.base = base
         self.workspace = workspace
-        self.entry_capacity = entry_capacity
-
-    def base_bits(self, at: Blocks) -> Bits:
-        """Return the base's bit patterns in the base's dtype."""
-        return self.base.read(at, self.workspace)[0]
-
-    def start_state(self, at: Blocks, base_bits: Bits) -> Bits:
-        """Return a copy of the base's patterns in the dtype of the checkpoints."""
-        state = self.workspace.array("state", at.elements, at.format.bits_dtype)
-        widen(base_bits, at.base_format, at.format, state)
-        return state
-
-    def bits_at(self, at: Blocks, base_bits: Bits, rows: int) -> Bits:
-        """Return the exact bit patterns after `rows` steps, in the checkpoints' dtype."""
-        state = self.start_state(at, base_bits)
-        for _, changes in self.decoded(at, rows):
-            # A step after the other: the order in which they lie there.
-            advance(state, changes.positions, changes.zigzags, changes.count)
-        return state
-
-    def entries(self, at: Blocks, rows: int) -> int:
-        """Return how many changes there are in the first `rows` rows."""
-        columns = [block.column for block in at.blocks]
-        return int(self.store.changed[:rows, columns].sum(dtype=np.int64))
-
-    def change_rows(self, at: Blocks, base_bits: Bits, rows: int) -> BlockChanges:
-        """Return the rows of D for the first `rows` steps."""
-        return BlockChanges(self, at, base_bits, rows)
 
     def decoded(self, at: Blocks, stop: int) -> Iterator[tuple[Run, Changes]]:
         """Yield the changes of rows below `stop`, some rows at a time, in one buffer."""
@@ -255,6 +217,57 @@ class BlockReader:
             count += counts[row]
         if run:
             yield run
+
+
+class BlockReader(FrameReader):
+    """Reads one block of a store across its rows.
+
+    Parameters
+    ----------
+    store, workspace
+        As in `FrameReader`.
+    base : BaseWeights
+    entry_capacity : int
+        Changes held at a time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        base: BaseWeights,
+        workspace: Workspace,
+        entry_capacity: int = DEFAULT_ENTRY_CAPACITY,
+    ) -> None:
+        super().__init__(store, workspace)
+        self.base = base
+        self.entry_capacity = entry_capacity
+
+    def base_bits(self, at: Blocks) -> Bits:
+        """Return the base's bit patterns in the base's dtype."""
+        return self.base.read(at, self.workspace)[0]
+
+    def start_state(self, at: Blocks, base_bits: Bits) -> Bits:
+        """Return a copy of the base's patterns in the dtype of the checkpoints."""
+        state = self.workspace.array("state", at.elements, at.format.bits_dtype)
+        widen(base_bits, at.base_format, at.format, state)
+        return state
+
+    def bits_at(self, at: Blocks, base_bits: Bits, rows: int) -> Bits:
+        """Return the exact bit patterns after `rows` steps, in the checkpoints' dtype."""
+        state = self.start_state(at, base_bits)
+        for _, changes in self.decoded(at, rows):
+            # A step after the other: the order in which they lie there.
+            advance(state, changes.positions, changes.zigzags, changes.count)
+        return state
+
+    def entries(self, at: Blocks, rows: int) -> int:
+        """Return how many changes there are in the first `rows` rows."""
+        columns = [block.column for block in at.blocks]
+        return int(self.store.changed[:rows, columns].sum(dtype=np.int64))
+
+    def change_rows(self, at: Blocks, base_bits: Bits, rows: int) -> BlockChanges:
+        """Return the rows of D for the first `rows` steps."""
+        return BlockChanges(self, at, base_bits, rows)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,19 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from relex_stream import machine
 from relex_stream.base_weights import BaseWeights, open_base
-from relex_stream.block_reader import decode_committed
-from relex_stream.blocks import BlockOf, Workspace, frame_tools
+from relex_stream.block_reader import FrameReader, decode_committed, fetch_blocks
+from relex_stream.blocks import (
+    BlockOf,
+    Blocks,
+    Workspace,
+    float_formats,
+    frame_tools,
+    work_on_strips,
+)
 from relex_stream.errors import CorruptionError, SourceError
 from relex_stream.graph import grouped, run_groups
 from relex_stream.sources import CheckpointReader
@@ -37,7 +46,7 @@ class _Found:
 
 
 class BlockCheck:
-    """Decodes every committed frame of a block; safe to call from several threads.
+    """Decodes every committed frame of blocks; safe to call from several threads.
 
     With `base`, also compares the base's weights there with their recorded checksums.
     """
@@ -45,30 +54,65 @@ class BlockCheck:
     def __init__(self, store: Store, base: BaseWeights | None) -> None:
         self._store = store
         self._base = base
+        self._rows = len(store.steps)
         self._local = threading.local()
 
     def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[_Found]:
-        """Check the blocks of each task."""
+        """Check the blocks of each task; small tensors together, until something is wrong."""
         if not hasattr(self._local, "workspace"):
             self._local.workspace = Workspace()
-        return [self._check(blocks) for blocks in tasks]
+        return [
+            _Found.combine(parts) for parts in work_on_strips(tasks, float_formats, self._check)
+        ]
 
-    def _check(self, blocks: tuple[BlockOf, ...]) -> _Found:
-        found = _Found()
-        for at in blocks:
-            self._check_included_base(at, found)
-            self._check_base(at, found)
-            for start in range(0, len(self._store.steps), STEP_GROUP):
-                self._check_chunk(at, start, found)
+    def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
+        """Ask the system for what will be read."""
+        if self._base is not None:
+            fetch_blocks(self._store, self._base, self._rows, tasks)
+            return
+        for at in (at for task in tasks for at in task):
+            # Where one is in memory the others are too, most often, and there may be very many.
+            if not self._store.advise(at.tensor, at.block, self._rows):
+                return
+
+    def _check(self, at: Blocks) -> list[_Found]:
+        found = [_Found() for _ in at.blocks]
+        for block, here in zip(at.blocks, found, strict=True):
+            self._check_included_base(block, here)
+        self._check_base(at, found)
+        self._check_frames(at, found)
         return found
 
-    def _check_base(self, at: BlockOf, found: _Found) -> None:
+    def _check_base(self, at: Blocks, found: Sequence[_Found]) -> None:
         if self._base is None:
             return
         try:
             self._base.read(at, self._local.workspace)
         except (SourceError, CorruptionError) as error:
-            found.problems.append(str(error))
+            if len(at.blocks) == 1:
+                found[0].problems.append(str(error))
+                return
+            for block, here in zip(at.blocks, found, strict=True):
+                self._check_base(block, [here])
+
+    def _check_frames(self, at: Blocks, found: Sequence[_Found]) -> None:
+        if at.blocks[0].tensor.kind != "tracked":
+            return
+        columns = [block.column for block in at.blocks]
+        try:
+            for _ in FrameReader(self._store, self._local.workspace).decoded(at, self._rows):
+                pass
+        except CorruptionError:
+            for block, here in zip(at.blocks, found, strict=True):
+                for start in range(0, self._rows, STEP_GROUP):
+                    self._check_chunk(block, start, here)
+            return
+        sizes = self._store.frame_bytes[:, columns]
+        frames = np.count_nonzero(sizes, axis=0).tolist()
+        nbytes = sizes.sum(axis=0, dtype=np.int64).tolist()
+        for here, count, size in zip(found, frames, nbytes, strict=True):
+            here.frames += count
+            here.frame_bytes += size
 
     def _check_included_base(self, at: BlockOf, found: _Found) -> None:
         if not self._store.manifest.base_included:
@@ -86,7 +130,7 @@ class BlockCheck:
             found.problems.append(f"base, tensor {at.tensor.name}, block {at.block}: {error}")
 
     def _check_chunk(self, at: BlockOf, start: int, found: _Found) -> None:
-        stop = min(start + STEP_GROUP, len(self._store.steps))
+        stop = min(start + STEP_GROUP, self._rows)
         try:
             self._check_rows(at, start, stop, found)
         except CorruptionError:
@@ -147,6 +191,7 @@ def verify_store(
 def _check_frames(store: Store, base: Path | None, workers: int, progress: Progress) -> _Found:
     with CheckpointReader() as reader:
         weights = open_base(store, base, reader) if base is not None else None
+        check = BlockCheck(store, weights)
         results: dict[Hashable, _Found] = run_groups(
             grouped(
                 (
@@ -156,12 +201,13 @@ def _check_frames(store: Store, base: Path | None, workers: int, progress: Progr
                 )
                 for tensor in store.manifest.tensors
             ),
-            BlockCheck(store, weights).run,
+            check.run,
             _Found.combine,
             lambda _, part: part,
             workers=workers,
             stage="verify frames",
             progress=progress,
+            fetch=check.fetch,
         )
     return _Found.combine(list(results.values()))
 

@@ -293,6 +293,37 @@ def test_gram_matrices_and_outputs_of_a_strip_are_those_of_its_blocks(sides):
             assert np.array_equal(out[:, here], outputs_of(alone, part, weights[number]))
 
 
+def test_a_verification_counts_the_same_and_names_all_that_is_damaged(
+    run, store, strips, one_by_one
+):
+    def verify(base=None):
+        summary = rs.verify(store, base=base, workers=1)
+        return summary.frames, summary.bytes_read, summary.problems
+
+    together = verify(run.base)
+    assert together[2] == ()
+    changed = Store(store).changed
+    strip = max(strips, key=lambda at: len(at.blocks))
+    blocks_there = [block for block in strip.blocks if changed[:, block.column].any()]
+    assert len(blocks_there) > 1
+    whole, named = {}, []
+    for block in blocks_there[::2]:
+        row = int(np.flatnonzero(changed[:, block.column])[0])
+        path = store / "deltas" / block.tensor.name / f"c.{row // 16}.0"
+        whole[path] = path.read_bytes()
+        path.write_bytes(bytes([whole[path][0] ^ 1]) + whole[path][1:])
+        named.append(f"step {STEPS[row]}, tensor {block.tensor.name}, block 0:")
+    try:
+        damaged = verify(run.base)
+        one_by_one()
+        assert verify(run.base) == damaged
+    finally:
+        for path, content in whole.items():
+            path.write_bytes(content)
+    assert damaged[0] == together[0] - len(named)
+    assert all(name in problem for name, problem in zip(named, damaged[2], strict=True))
+
+
 def test_damage_in_a_strip_is_named(store):
     reader = reader_of(store, 1 << 20)
     strip = strip_of(reader)

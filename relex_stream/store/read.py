@@ -310,8 +310,16 @@ class Store:
                 done += wanted
             row, offset = end, 0
 
-    def advise(self, tensor: StoredTensor, block: int, stop_row: int) -> None:
-        """Ask the system for a block's frames of the rows below `stop_row`, without waiting."""
+    def advise(self, tensor: StoredTensor, block: int, stop_row: int) -> bool:
+        """Ask the system for a block's frames of the rows below `stop_row`, without waiting.
+
+        Returns
+        -------
+        bool
+            False if they are in memory already, as far as the first byte of each chunk says.
+            True also where there are none.
+        """
+        asked = []
         sizes = self.frame_bytes[:stop_row, tensor.first_block + block]
         for chunk_row in range(-(-stop_row // STEP_GROUP)):
             rows = slice(chunk_row * STEP_GROUP, (chunk_row + 1) * STEP_GROUP)
@@ -323,9 +331,10 @@ class Store:
             with contextlib.suppress(OSError):
                 descriptor = os.open(f"{self.path}/{key}", os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    ask_for(descriptor, 0, wanted)
+                    asked.append(ask_for(descriptor, 0, wanted))
                 finally:
                     os.close(descriptor)
+        return any(asked) or not asked
 
     def read_base_frame(self, tensor: StoredTensor, block: int) -> memoryview | None:
         """Return the frame of an included base block; None when the block is all zero bits."""
