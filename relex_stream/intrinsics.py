@@ -65,6 +65,26 @@ def trailing_zeros(typingctx: Any, word: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
+    """Have the memory of ``array[at]`` brought into the cache, without waiting for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        place = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        instruction = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [place.type, number, number, number]),
+            "llvm.prefetch.p0i8",
+        )
+        to_read, all_levels, data_cache = number(0), number(3), number(1)
+        builder.call(instruction, [place, to_read, all_levels, data_cache])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
 def difference_mask(typingctx: Any, a: Any, a_at: Any, b: Any, b_at: Any) -> Any:
     """Compare 64 elements of two arrays of one dtype, from ``a[a_at]`` and ``b[b_at]`` on.
 

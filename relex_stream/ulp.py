@@ -24,6 +24,7 @@ from relex_stream.intrinsics import (
     bits_from_float64,
     difference_mask,
     float32_from_bits,
+    prefetch,
     trailing_zeros,
 )
 from relex_stream.kernels import kernel
@@ -64,6 +65,9 @@ class FloatFormat:
 
 
 _BF16, _F16 = 1, 2  # lengths of tags
+
+_PREFETCHED = 16
+"""Changes ahead of which the base's weights are asked for."""
 
 F16_TAG = (0, 0)
 
@@ -267,6 +271,9 @@ def take_changes(base, state, after, first, positions, count, tag, values):  # t
     growth = 0.0
     nonfinite_at = -1
     for i in range(count):
+        if i + _PREFETCHED < count:
+            # The changed elements are few and far apart: each would be waited for.
+            prefetch(base, first + np.int64(positions[i + _PREFETCHED]))
         at = positions[i]
         p = first + np.int64(at)
         positions[i] = p
