@@ -342,7 +342,9 @@ class _Job:
             workers=workers,
             stage=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
             progress=self._progress,
-            fetch=ingest.fetch,
+            # With many checkpoints the system's own reading ahead is faster: 16 took 10.1 to 12.0 s
+            # from a disk, and 13.0 to 14.7 s where they were asked for.
+            fetch=ingest.fetch if len(batch) == 1 else None,
         )
         self._reader.verify_unchanged()
         manifest = store.manifest if store else self._manifest(results)
