@@ -102,10 +102,14 @@ class BlockCheck:
         try:
             for _ in FrameReader(self._store, self._local.workspace).decoded(at, self._rows):
                 pass
-        except CorruptionError:
+        except CorruptionError as error:
+            before = sum(len(here.problems) for here in found)
             for block, here in zip(at.blocks, found, strict=True):
                 for start in range(0, self._rows, STEP_GROUP):
                     self._check_chunk(block, start, here)
+            if sum(len(here.problems) for here in found) == before:
+                # Gone when it was looked at again: what was read first was damaged all the same.
+                found[0].problems.append(str(error))
             return
         sizes = self._store.frame_bytes[:, columns]
         frames = np.count_nonzero(sizes, axis=0).tolist()

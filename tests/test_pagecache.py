@@ -145,6 +145,15 @@ def test_an_append_of_one_checkpoint_asks_and_a_build_of_many_leaves_it_to_the_s
     assert read == {run.base, run.directories[18], chunks}
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_a_verification_asks_for_frames_and_for_the_base_if_it_is_given(
+    run: Trajectory, asked: Asked, base: bool
+) -> None:
+    rs.verify(run.base.parent / "store", base=run.base if base else None)
+    assert [Path(path).name for path, _, _ in asked].count("c.1.0") == 1
+    assert any(Path(path).parent == run.base for path, _, _ in asked) == base
+
+
 @pytest.mark.parametrize("command", ["extrapolate", "export"])
 def test_commands_ask_before_they_read(
     run: Trajectory, tmp_path: Path, asked: Asked, command: str

@@ -324,6 +324,19 @@ def test_a_verification_counts_the_same_and_names_all_that_is_damaged(
     assert all(name in problem for name, problem in zip(named, damaged[2], strict=True))
 
 
+def test_a_verification_does_not_pass_over_damage_that_is_gone_a_moment_later(store, monkeypatch):
+    faithful = Store.read_run
+
+    def unfaithful(self, *arguments):
+        faithful(self, *arguments)
+        arguments[-1][-1] ^= 1
+
+    monkeypatch.setattr(Store, "read_run", unfaithful)
+    problems = rs.verify(store, workers=1).problems
+    assert problems
+    assert all("damaged when it was first read" in problem for problem in problems)
+
+
 def test_damage_in_a_strip_is_named(store):
     reader = reader_of(store, 1 << 20)
     strip = strip_of(reader)
