@@ -30,7 +30,7 @@ from relex_stream import checksum, zstd
 from relex_stream.errors import CorruptionError
 from relex_stream.intrinsics import load_word
 from relex_stream.kernels import kernel
-from relex_stream.ulp import Bits, find_changes
+from relex_stream.ulp import MASKS_SHAPE, Bits, find_changes
 
 HEADER = struct.Struct("<BBBBIIIII")
 """row, kind, rice_bits, flags, count, main_bytes, extra_bytes, extra_raw_bytes, crc32c."""
@@ -521,7 +521,8 @@ class Changes:
 
     def find(self, before: Bits, after: Bits) -> int:
         """Hold the changes from `before` to `after`, both (b,)."""
-        self.count = int(find_changes(before, after, self.positions, self.zigzags))
+        masks = np.empty(MASKS_SHAPE, np.uint64)
+        self.count = int(find_changes(before, after, masks, self.positions, self.zigzags))
         return self.count
 
 

@@ -55,6 +55,16 @@ def bits_from_float64(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def float64_from_bits(typingctx: Any, bits: Any) -> Any:
+    """Take a uint64 for the float64 of that pattern."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.uint64), codegen
+
+
+@intrinsic
 def trailing_zeros(typingctx: Any, word: Any) -> Any:
     """Count the zero bits below the lowest set bit of a uint64 that is not 0."""
 

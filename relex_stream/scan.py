@@ -21,7 +21,7 @@ from relex_stream.kernels import kernel
 from relex_stream.pages import PAGE_BYTES, page_lead
 from relex_stream.sketch import add_to_sketch
 from relex_stream.specs import STEP_GROUP
-from relex_stream.ulp import Bits, find_changes, retreat, take_changes
+from relex_stream.ulp import MASKS_SHAPE, Bits, find_changes, retreat, take_changes
 
 PIECE_BYTES = 256 << 10
 """Bytes read at a time: they and the state they are compared with fit a core's own cache."""
@@ -39,6 +39,7 @@ class ScanBuffers(NamedTuple):
 
     raw: NDArray[np.uint8]
     after: Bits
+    masks: NDArray[np.uint64]
     values: NDArray[np.float64]
     positions: NDArray[np.uint32]
     zigzags: Bits
@@ -108,6 +109,7 @@ def scan_buffers(codec: FrameCodec, changes: Changes) -> ScanBuffers:
     return ScanBuffers(
         raw=raw,
         after=after,
+        masks=np.empty(MASKS_SHAPE, np.uint64),
         values=np.empty(after.size),
         positions=changes.positions,
         zigzags=changes.zigzags,
@@ -172,6 +174,7 @@ def _scan_step(descriptor, offset, blocks, buffers, tables, block, step):  # typ
         count = find_changes(
             state[first:stop],
             after[: stop - first],
+            buffers.masks,
             positions,
             buffers.zigzags[found:],
         )

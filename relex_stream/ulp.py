@@ -66,6 +66,9 @@ class FloatFormat:
 
 _BF16, _F16 = 1, 2  # lengths of tags
 
+MASKS_SHAPE = (2, 2048)
+"""Scratch of `find_changes`: as many masks of differences, and their places, as 256 KiB have."""
+
 _PREFETCHED = 16
 """Changes ahead of which the base's weights are asked for."""
 
@@ -149,13 +152,15 @@ def _zigzag_difference(before, after, top):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def find_changes(before, after, positions, zigzags):  # type: ignore[no-untyped-def]
+def find_changes(before, after, masks, positions, zigzags):  # type: ignore[no-untyped-def]
     """Find the elements whose bits differ, and by how much.
 
     Parameters
     ----------
     before, after : ndarray of uint8, uint16 or uint32, shape (b,)
         Bit patterns at two steps.
+    masks : ndarray of uint64, shape (2, n)
+        Scratch, `MASKS_SHAPE` or any other.
     positions : ndarray of uint32, shape (>= b,)
         Out: ascending positions of the changed elements.
     zigzags : ndarray, same dtype as `before`, shape (>= b,)
@@ -169,14 +174,23 @@ def find_changes(before, after, positions, zigzags):  # type: ignore[no-untyped-
     top = 8 * before.itemsize - 1
     found = 0
     whole = before.size // DIFFERENCE_LANES * DIFFERENCE_LANES
-    for first in range(0, whole, DIFFERENCE_LANES):
-        changed = difference_mask(before, first, after, first)
-        while changed != np.uint64(0):
-            at = first + np.int64(trailing_zeros(changed))
-            changed &= changed - np.uint64(1)
-            positions[found] = at
-            zigzags[found] = _zigzag_difference(before[at], after[at], top)
-            found += 1
+    at_a_time = masks.shape[1] * DIFFERENCE_LANES
+    for start in range(0, whole, at_a_time):
+        # No branch here depends on the weights: one that cannot be foreseen, at every mask, would
+        # take half as long as the comparing itself.
+        noted = 0
+        for first in range(start, min(whole, start + at_a_time), DIFFERENCE_LANES):
+            changed = difference_mask(before, first, after, first)
+            masks[0, noted], masks[1, noted] = changed, first
+            noted += changed != np.uint64(0)
+        for i in range(noted):
+            changed = masks[0, i]
+            while changed != np.uint64(0):
+                at = np.int64(masks[1, i] + trailing_zeros(changed))
+                changed &= changed - np.uint64(1)
+                positions[found] = at
+                zigzags[found] = _zigzag_difference(before[at], after[at], top)
+                found += 1
     for i in range(whole, before.size):
         if before[i] != after[i]:
             positions[found] = i

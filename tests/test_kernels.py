@@ -37,8 +37,9 @@ def test_a_change_in_one_module_reaches_kernels_of_another(tmp_path):
         "import numpy as np\n"
         "from relex_stream.ulp import find_changes\n"
         "a, b = np.zeros(3, np.uint16), np.array([0, 5, 0], np.uint16)\n"
-        "positions, zigzags = np.zeros(3, np.uint32), np.zeros(3, np.uint16)\n"
-        "print(find_changes(a, b, positions, zigzags), sum(find_changes.stats.cache_hits.values()))"
+        "masks, positions = np.zeros((2, 1), np.uint64), np.zeros(3, np.uint32)\n"
+        "found = find_changes(a, b, masks, positions, np.zeros(3, np.uint16))\n"
+        "print(found, sum(find_changes.stats.cache_hits.values()))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("NUMBA_CACHE_DIR", None)

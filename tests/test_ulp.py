@@ -223,7 +223,10 @@ def test_differences_are_those_of_the_piece_at_any_length_and_offset(itemsize):
         positions = np.full(room, 0xDEADBEEF, np.uint32)
         zigzags = np.full(room, 0, f"u{itemsize}")
         at = int(rng.integers(GUARD))
-        count = find_changes(before[piece], after[piece], positions[at : at + size], zigzags[at:])
+        masks = np.full((2, int(rng.integers(1, 5))), 2**64 - 1, np.uint64)
+        count = find_changes(
+            before[piece], after[piece], masks, positions[at : at + size], zigzags[at:]
+        )
         assert np.array_equal(positions[at : at + count], np.flatnonzero(changing))
         assert np.all(positions[:at] == 0xDEADBEEF)
         assert np.all(positions[at + count :] == 0xDEADBEEF)
