@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -126,7 +127,8 @@ def build(
             commit_steps=commit_steps,
         )
         added = job.run(places, plan, commit_steps)
-        finished = Store(store)
+        finished = writer.store
+        assert finished is not None
         return _summary(
             finished,
             layout=found.layout,
@@ -201,6 +203,22 @@ def _name_in(checkpoints: Path, path: Path) -> str:
 
 def _relative_hint(base: Path, store: Path) -> str:
     return os.path.relpath(base.resolve(), store.resolve())
+
+
+class _Added(NamedTuple):
+    """A step that was committed, and the sums over its blocks that the summary tells."""
+
+    step: int
+    changed: int
+    frame_bytes: int
+
+    @classmethod
+    def of(cls, commit: Commit) -> _Added:
+        return cls(
+            commit.step,
+            int(commit.changed.sum(dtype=np.int64)),
+            int(commit.frame_bytes.sum(dtype=np.int64)),
+        )
 
 
 class _Job:
@@ -287,17 +305,16 @@ class _Job:
 
     def run(
         self, places: Sequence[CheckpointPlaces], plan: Plan, commit_steps: int | None
-    ) -> list[int]:
+    ) -> list[_Added]:
         """Ingest and commit batch by batch; return the steps added."""
-        added: list[int] = []
+        added: list[_Added] = []
         while places:
             steps = self._batch_steps(places, self._rows, commit_steps)
             batch, places = places[:steps], places[steps:]
-            self._ingest_batch(batch, plan.workers)
-            added.extend(place.step for place in batch)
+            added += map(_Added.of, self._ingest_batch(batch, plan.workers))
         return added
 
-    def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> None:
+    def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> list[Commit]:
         store, rows = self._writer.store, self._rows
         self._writer.allocate(self._tensors, rows + len(batch), include_base=self._include_base)
         base = BaseWeights(
@@ -359,6 +376,7 @@ class _Job:
                     RelexStreamWarning,
                     stacklevel=2,
                 )
+        return commits
 
     def _keep_files(self, place: CheckpointPlaces) -> tuple[FileEntry, ...]:
         return self._file_entries(open_checkpoint(Path(place.directory), place.step))
@@ -453,16 +471,15 @@ def _summary(
     store: Store,
     *,
     layout: str,
-    added: Sequence[int],
+    added: Sequence[_Added],
     skipped: tuple[int, ...],
     places: Sequence[CheckpointPlaces],
     plan: Plan,
     bytes_before: int,
     elapsed_s: float,
 ) -> BuildSummary:
-    rows = [store.row_of(step) for step in added]
-    changed = int(store.changed[rows].sum(dtype=np.int64))
-    frame_bytes = int(store.frame_bytes[rows].sum(dtype=np.int64))
+    changed = sum(step.changed for step in added)
+    frame_bytes = sum(step.frame_bytes for step in added)
     bytes_in = sum(place.nbytes for place in places)
     base_bytes = int(store.manifest.base_frame_bytes.sum(dtype=np.int64))
     store_bytes = store.stored_bytes()
@@ -470,7 +487,7 @@ def _summary(
     return BuildSummary(
         store=str(store.path),
         layout=layout,
-        steps_added=tuple(added),
+        steps_added=tuple(step.step for step in added),
         steps_skipped=skipped,
         steps_total=len(store.steps),
         bytes_in=bytes_in,

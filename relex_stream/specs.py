@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 STEP_GROUP = 16
 """Steps per zarr chunk: the store's step axis is allocated in whole groups of this many."""
@@ -73,8 +73,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class TensorPlace:
+class TensorPlace(NamedTuple):  # a dataclass takes six times as long to make, and they are many
     """Where a tensor's bytes lie: a file of a checkpoint and an absolute byte offset in it."""
 
     spec: TensorSpec
@@ -82,8 +81,7 @@ class TensorPlace:
     offset: int
 
 
-@dataclass(frozen=True)
-class FilePart:
+class FilePart(NamedTuple):
     """A run of bytes of a weights file: either literal bytes or the whole of one tensor.
 
     Exactly one of ``literal`` and ``tensor`` is set; a file is the concatenation of its parts.

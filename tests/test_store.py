@@ -26,6 +26,7 @@ from relex_stream.errors import (
     StoreError,
 )
 from relex_stream.store import Store, StoreWriter, arrays, files
+from relex_stream.store.read import blob_path
 from relex_stream.store.records import decode_head, encode_head
 from tests.crash.replay import read_tree, unsynced
 from tests.crash.runs import build, check_dense, check_exports, check_whole, quick, tiny_trajectory
@@ -281,6 +282,15 @@ def test_flipped_byte_of_the_manifest_is_named(store):
     _flip(store / name, 500)
     with pytest.raises(CorruptionError, match=name):
         api.verify(store)
+
+
+def test_a_blob_is_written_again_once_it_was_swept(tmp_path):
+    with StoreWriter(tmp_path / "store") as writer:
+        name = writer.put_blob(b"config")
+        writer.sweep()
+        assert not os.listdir(tmp_path / "store" / "blobs")
+        assert writer.put_blob(b"config") == name
+        assert blob_path(tmp_path / "store", name).read_bytes() == b"config"
 
 
 def test_flipped_byte_of_a_blob_is_named(store, run, tmp_path):

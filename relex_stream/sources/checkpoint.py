@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -29,6 +30,7 @@ _SKIPPED = (
     *("*.lock", ".lock*", ".cache*", ".ds_store", ".nfs*", "*.swp"),
     *("*.incomplete", "*.part", "*.partial", "*.temp", "*.tmp", ".tmp*", "tmp*", "*~"),
 )
+_SKIPPED_PATTERN = re.compile("|".join(map(fnmatch.translate, _SKIPPED)))
 
 _MERGE = "merge to safetensors first, e.g. with the trainer's own model merger"
 _OTHER_WEIGHTS = (
@@ -283,4 +285,4 @@ def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tup
 
 
 def _is_skipped(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _SKIPPED)
+    return _SKIPPED_PATTERN.fullmatch(name.lower()) is not None

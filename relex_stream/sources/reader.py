@@ -203,28 +203,35 @@ class CheckpointReader:
         with self._changed:
             # All or none: two threads that each wait for the other's last file wait forever.
             self._changed.wait_for(lambda: self._closed or self._lent + len(paths) <= self.max_open)
+            files = [self._take(path) for path in paths]
             self._lent += len(paths)
-        files: list[_OpenFile] = []
         try:
-            for path in paths:
-                files.append(self._acquire(path))  # noqa: PERF401  # those before an error go back
-            yield [file.descriptor for file in files]
+            for number, path in enumerate(paths):
+                files[number] = files[number] or self._acquire(path)
+            yield [file.descriptor for file in files if file]
         finally:
             with self._changed:
                 for file in files:
-                    file.readers -= 1
+                    if file:  # those before an error
+                        file.readers -= 1
                 self._lent -= len(paths)
                 self._changed.notify_all()
+
+    def _take(self, path: str) -> _OpenFile | None:
+        """Take a file if it is open; the caller holds the lock."""
+        if self._closed:
+            raise ValueError("the reader is closed")
+        file = self._files.get(path)
+        if file is not None:
+            file.readers += 1
+            self._files.move_to_end(path)
+        return file
 
     def _acquire(self, path: str) -> _OpenFile:
         with self._changed:
             while True:
-                if self._closed:
-                    raise ValueError("the reader is closed")
-                file = self._files.get(path)
+                file = self._take(path)
                 if file is not None:
-                    file.readers += 1
-                    self._files.move_to_end(path)
                     return file
                 if path not in self._opening:
                     self._make_room()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -56,20 +56,47 @@ def read_weights_file(path: Path, relative_path: str) -> tuple[WeightsFile, dict
         tensors of known dtypes that cover the file's data without gap, overlap or rest.
     """
     raw_header, size = _read_header(path)
+    checked = _last_checked.get(relative_path)
+    if checked is None or (checked.raw, checked.size) != (raw_header, size):
+        checked = _check(path, raw_header, size)
+        if len(_last_checked) >= _MOST_KEPT:
+            _last_checked.clear()
+        _last_checked[relative_path] = checked
+    start, where = len(raw_header), str(path)
+    places = {
+        spec.name: TensorPlace(spec, where, start + begin) for spec, begin, _ in checked.tensors
+    }
+    return WeightsFile(relative_path, size, checked.parts), places
+
+
+class _Checked(NamedTuple):
+    """A header with its length field, and the size of a file, that are right for each other."""
+
+    raw: bytes
+    size: int
+    tensors: list[tuple[TensorSpec, int, int]]
+    parts: tuple[FilePart, ...]
+
+
+_last_checked: dict[str, _Checked] = {}
+"""By file name: checkpoints of a run have the same headers, megabytes where tensors are many."""
+
+_MOST_KEPT = 256
+
+
+def _check(path: Path, raw_header: bytes, size: int) -> _Checked:
     try:
-        specs = _parsed(raw_header, relative_path)
+        tensors = _parse_header(raw_header[_LENGTH_BYTES:])
     except _UnsupportedDTypeError as error:
         raise SourceError(f"{path}: {error} is not supported; dequantise the model first") from None
     except ValueError as error:
         raise SourceError(
             f"{path}: bad safetensors header: {error}; copy the file again or save it anew"
         ) from None
-    start = len(raw_header)
-    _check_coverage(path, specs, start, size)
+    _check_coverage(path, tensors, len(raw_header), size)
     _check_with_library(path)
-    places = {spec.name: TensorPlace(spec, str(path), start + begin) for spec, begin, _ in specs}
-    parts = (FilePart(literal=raw_header), *(FilePart(tensor=name) for name in places))
-    return WeightsFile(relative_path, size, parts), places
+    parts = (FilePart(literal=raw_header), *(FilePart(tensor=spec.name) for spec, _, _ in tensors))
+    return _Checked(raw_header, size, tensors, parts)
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
@@ -109,24 +136,6 @@ def _read_header(path: Path) -> tuple[bytes, int]:
 
 def _truncated(path: Path, size: int, expected: str) -> SourceError:
     return SourceError(f"{path}: truncated: {size} bytes where {expected} expected; copy it again")
-
-
-_last_parsed: dict[str, tuple[bytes, list[tuple[TensorSpec, int, int]]]] = {}
-_MOST_KEPT = 256
-
-
-def _parsed(raw_header: bytes, relative_path: str) -> list[tuple[TensorSpec, int, int]]:
-    """Parse a header unless it is that of the last file of this name.
-
-    The checkpoints of a run have the same headers, of megabytes when there are many tensors.
-    """
-    kept, specs = _last_parsed.get(relative_path, (b"", []))
-    if kept != raw_header:
-        specs = _parse_header(raw_header[_LENGTH_BYTES:])
-        if len(_last_parsed) >= _MOST_KEPT:
-            _last_parsed.clear()
-        _last_parsed[relative_path] = raw_header, specs
-    return specs
 
 
 def _parse_header(header: bytes) -> list[tuple[TensorSpec, int, int]]:

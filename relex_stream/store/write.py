@@ -93,6 +93,7 @@ class StoreWriter:
         self.path = path
         self.store: Store | None = None
         self._written: list[Path | str] = []
+        self._blobs: set[str] = set()  # those known to be whole
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -183,12 +184,11 @@ class StoreWriter:
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""
         name = hashlib.sha256(data).hexdigest()
-        path = blob_path(self.path, name)
-        # One left by a killed run may be torn, so its content is looked at, not its name.
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == len(data) and path.read_bytes() == data:
-                return name
-        self._write(path, data)
+        if name not in self._blobs:
+            path = blob_path(self.path, name)
+            if not _holds(path, data):
+                self._write(path, data)
+            self._blobs.add(name)
         return name
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
@@ -282,6 +282,7 @@ class StoreWriter:
         after a power failure.
         """
         store = self.store
+        self._blobs.clear()
         records, blobs, chunks = _reachable(store) if store else (set(), set(), {})
         self._remove_unnamed("commits", _RECORD, records)
         self._remove_unnamed("blobs", _BLOB, blobs)
@@ -339,6 +340,14 @@ def _stale_documents(store: Store) -> dict[Path, bytes]:
             if not path.exists() or path.read_bytes() != document:
                 documents[path] = document
     return documents
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    # One left by a killed run may be torn, so the content is looked at, not the name.
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except FileNotFoundError:
+        return False
 
 
 def _sync_parent(path: Path) -> None:
