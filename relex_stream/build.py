@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,13 +86,15 @@ def build(
         committed = writer.store
         stored_steps = committed.steps if committed else ()
         todo, skipped = _split_found(found.checkpoints, stored_steps)
+        opened: Iterator[SourceCheckpoint] = (open_checkpoint(path, step) for step, path in todo)
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
             check_base_layout(committed, base_checkpoint)
             tensors, block_bytes = committed.manifest.tensors, committed.manifest.block_bytes
             sketch_width = committed.manifest.sketch_width
         elif todo:
-            first = open_checkpoint(todo[0][1], todo[0][0])
+            first = next(opened)
+            opened = chain([first], opened)
             tensors, _ = place_tensors(
                 describe_tensors(base_checkpoint, first, sketch_min_elements), block_bytes
             )
@@ -99,10 +102,12 @@ def build(
         else:
             raise SourceError(f"{checkpoints} holds no checkpoints to store")
         bytes_before = committed.stored_bytes() if committed else 0
-        places = [
-            match_checkpoint(open_checkpoint(path, step), tensors, _name_in(checkpoints, path))
-            for step, path in todo
-        ]
+        places, files = [], {}
+        for checkpoint in opened:
+            name = _name_in(checkpoints, Path(checkpoint.directory))
+            places.append(match_checkpoint(checkpoint, tensors, name))
+            # Now, and not when its batch is committed: it would have to be opened again.
+            files[checkpoint.step] = _keep_files(writer, checkpoint)
         shape = model_shape(tensors, sketch_width)
         if places:
             warm_up_encoding(tensors, progress)
@@ -112,6 +117,7 @@ def build(
             tensors=tensors,
             shape=shape,
             block_bytes=block_bytes,
+            files=files,
             base_checkpoint=base_checkpoint,
             base_hint=_relative_hint(base, store),
             seed=seed,
@@ -201,6 +207,18 @@ def _name_in(checkpoints: Path, path: Path) -> str:
     return Path(os.path.relpath(path, checkpoints)).as_posix()
 
 
+def _keep_files(writer: StoreWriter, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
+    entries = [writer.put_weights_file(file) for file in checkpoint.weights_files]
+    for name in checkpoint.side_files:
+        path = Path(checkpoint.directory) / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error}") from error
+        entries.append(writer.put_side_file(name, data))
+    return tuple(entries)
+
+
 def _relative_hint(base: Path, store: Path) -> str:
     return os.path.relpath(base.resolve(), store.resolve())
 
@@ -232,6 +250,7 @@ class _Job:
         tensors: tuple[StoredTensor, ...],
         shape: planner.ModelShape,
         block_bytes: int,
+        files: Mapping[int, tuple[FileEntry, ...]],
         base_checkpoint: SourceCheckpoint,
         base_hint: str,
         seed: int,
@@ -245,6 +264,7 @@ class _Job:
         self._tensors = tensors
         self._shape = shape
         self._block_bytes = block_bytes
+        self._files = files
         self._base_checkpoint = base_checkpoint
         self._base_hint = base_hint
         self._seed = seed
@@ -335,7 +355,6 @@ class _Job:
             include_base=self._include_base and store is None,
             tied_tensors=[tensor for tensor in self._tensors if tensor.kind == "tied"],
         )
-        batch_files = [self._keep_files(place) for place in batch]
         first = batch[0]
         # As they lie in the files: what the system reads ahead is then wanted next.
         by_place = sorted(
@@ -365,7 +384,7 @@ class _Job:
         )
         self._reader.verify_unchanged()
         manifest = store.manifest if store else self._manifest(results)
-        commits = self._commits(batch, batch_files, results)
+        commits = self._commits(batch, results)
         self._writer.commit(manifest, commits)
         for commit in commits:
             if not commit.changed.any():
@@ -377,19 +396,6 @@ class _Job:
                     stacklevel=2,
                 )
         return commits
-
-    def _keep_files(self, place: CheckpointPlaces) -> tuple[FileEntry, ...]:
-        return self._file_entries(open_checkpoint(Path(place.directory), place.step))
-
-    def _file_entries(self, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
-        entries = [self._writer.put_weights_file(file) for file in checkpoint.weights_files]
-        for name in checkpoint.side_files:
-            try:
-                data = (Path(checkpoint.directory) / name).read_bytes()
-            except OSError as error:
-                raise SourceError(f"cannot read {checkpoint.directory}/{name}: {error}") from error
-            entries.append(self._writer.put_side_file(name, data))
-        return tuple(entries)
 
     def _manifest(self, results: dict[Hashable, TensorResult]) -> Manifest:
         blocks = self._shape.blocks
@@ -406,7 +412,7 @@ class _Job:
             seed=self._seed,
             sketch_width=self._shape.sketch_width,
             base_hint=self._base_hint,
-            base_files=self._file_entries(self._base_checkpoint),
+            base_files=_keep_files(self._writer, self._base_checkpoint),
             base_crc=base_crc,
             base_included=self._include_base,
             base_frame_bytes=base_frame_bytes,
@@ -415,7 +421,6 @@ class _Job:
     def _commits(
         self,
         batch: Sequence[CheckpointPlaces],
-        batch_files: Sequence[tuple[FileEntry, ...]],
         results: dict[Hashable, TensorResult],
     ) -> list[Commit]:
         shape, rows, steps = self._shape, self._rows, len(batch)
@@ -455,7 +460,7 @@ class _Job:
                     previous="",
                     source=place.name,
                     source_bytes=place.nbytes,
-                    files=batch_files[index],
+                    files=self._files[place.step],
                     nonfinite=bool(nonfinite[index]),
                     change_sq=change_sq[index],
                     delta_sq=delta_sq,

@@ -6,11 +6,12 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import relex_stream as rs
 from relex_stream import ingest
-from relex_stream.sources import CheckpointReader
+from relex_stream.sources import CheckpointReader, safetensors_file
 from relex_stream.writer import OutputDirectory
 from tests.make_checkpoints import Trajectory, make_trajectory
 from tests.make_stores import build_store
@@ -56,6 +57,37 @@ def test_a_build_reads_checkpoints_from_front_to_back(
     monkeypatch.setattr(ingest, "scan_steps", spy)
     build_in_order(run, tmp_path / "store")
     assert_ascending(places, 20)
+
+
+def test_a_build_reads_every_byte_of_its_checkpoints_once(
+    run: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [path for step in run.steps for path in run.directories[step].iterdir()]
+    weights = {path.stat().st_ino: path for path in files if path.suffix == ".safetensors"}
+    ranges: dict[Path, list[tuple[int, int]]] = {path: [] for path in weights.values()}
+    read_header, scan_steps = safetensors_file._read_header, ingest.scan_steps
+
+    def spy_header(path):  # type: ignore[no-untyped-def]
+        raw, size = read_header(path)
+        if path in ranges:  # not the base's
+            ranges[path].append((0, len(raw)))
+        return raw, size
+
+    def spy_scan(descriptors, offsets, done, first_step, first_row, blocks, *rest):  # type: ignore[no-untyped-def]
+        assert done == 0
+        nbytes = np.diff(blocks.bounds) * blocks.state.itemsize
+        for descriptor, starts in zip(descriptors, offsets.T, strict=True):
+            path = weights[os.fstat(descriptor).st_ino]
+            ranges[path] += zip(starts.tolist(), (starts + nbytes).tolist(), strict=True)
+        return scan_steps(descriptors, offsets, done, first_step, first_row, blocks, *rest)
+
+    monkeypatch.setattr(safetensors_file, "_read_header", spy_header)
+    monkeypatch.setattr(ingest, "scan_steps", spy_scan)
+    build_in_order(run, tmp_path / "store")
+    for path, read in ranges.items():
+        ends = [0, *(stop for _, stop in sorted(read))]
+        assert [start for start, _ in sorted(read)] == ends[:-1], path
+        assert ends[-1] == path.stat().st_size
 
 
 @pytest.mark.parametrize("passes", [1, 2])
