@@ -25,6 +25,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+SAMPLE_S = 0.005
+"""Seconds between two looks at the memory of a process."""
+
 _RESCAN_S = 0.05
 _SAMPLES_KEPT = 400
 _STDERR_TAIL = 4000
@@ -78,6 +81,8 @@ class Program:
         Called before each run, outside the time; removes the last run's output, for instance.
     reads : tuple of Path
         Files and directories to take out of the page cache before each cold run.
+    sample_s : float
+        As in `measure`.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Program:
     cwd: Path | None = None
     env: Mapping[str, str] | None = None
     timeout_s: float = 3600.0
+    sample_s: float = SAMPLE_S
 
 
 def measure(
@@ -96,7 +102,7 @@ def measure(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 3600.0,
-    sample_s: float = 0.005,
+    sample_s: float = SAMPLE_S,
 ) -> Measurement:
     """Run a program to its end and measure it.
 
@@ -219,6 +225,7 @@ def alternate(
                 cwd=program.cwd,
                 env=program.env,
                 timeout_s=program.timeout_s,
+                sample_s=program.sample_s,
             )
             if number >= warmup:
                 measured[program.name].append(measurement)
