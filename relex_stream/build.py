@@ -101,6 +101,7 @@ def build(
             sketch_width = SKETCH_WIDTH
         else:
             raise SourceError(f"{checkpoints} holds no checkpoints to store")
+        reader.expect(base_checkpoint)
         bytes_before = committed.stored_bytes() if committed else 0
         places, files = [], {}
         for checkpoint in opened:
@@ -108,6 +109,7 @@ def build(
             places.append(match_checkpoint(checkpoint, tensors, name))
             # Now, and not when its batch is committed: it would have to be opened again.
             files[checkpoint.step] = _keep_files(writer, checkpoint)
+            reader.expect(checkpoint)
         shape = model_shape(tensors, sketch_width)
         if places:
             warm_up_encoding(tensors, progress)

@@ -93,10 +93,11 @@ class FilePart(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file taken apart: relative path, size in bytes, parts in file order."""
+    """A weights file taken apart: relative path, size in bytes, time of change, parts in order."""
 
     relative_path: str
     size: int
+    modified_ns: int
     parts: tuple[FilePart, ...]
 
 

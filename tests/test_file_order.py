@@ -68,10 +68,10 @@ def test_a_build_reads_every_byte_of_its_checkpoints_once(
     read_header, scan_steps = safetensors_file._read_header, ingest.scan_steps
 
     def spy_header(path):  # type: ignore[no-untyped-def]
-        raw, size = read_header(path)
+        raw, status = read_header(path)
         if path in ranges:  # not the base's
             ranges[path].append((0, len(raw)))
-        return raw, size
+        return raw, status
 
     def spy_scan(descriptors, offsets, done, first_step, first_row, blocks, *rest):  # type: ignore[no-untyped-def]
         assert done == 0

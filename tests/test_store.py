@@ -284,6 +284,25 @@ def test_flipped_byte_of_the_manifest_is_named(store):
         api.verify(store)
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_weights_replaced_after_their_header_was_read_are_refused(tmp_path, monkeypatch, step):
+    run = make_trajectory(tmp_path, steps=range(1, 4))
+    path = min(run.directories[step].glob("*.safetensors"))
+
+    def replace(*_):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        status = path.stat()
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+    # What a build does between the last header and the first weights.
+    monkeypatch.setattr("relex_stream.build.warm_up_encoding", replace)
+    with pytest.raises(SourceError, match=f"{path}: changed while it was being read"):
+        build(run.base, run.checkpoints, tmp_path / "store")
+    assert not (tmp_path / "store" / "HEAD").exists()
+
+
 def test_a_blob_is_written_again_once_it_was_swept(tmp_path):
     with StoreWriter(tmp_path / "store") as writer:
         name = writer.put_blob(b"config")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import SourceError
 from ..pagecache import ask_for
+from ..specs import SourceCheckpoint
 
 _MOST_OPEN = 512
 
@@ -76,6 +77,7 @@ class CheckpointReader:
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()  # least recently used first
         self._opening: set[str] = set()  # paths being opened without the lock held
         self._versions: dict[str, _Version] = {}
+        self._expected: dict[str, _Version] = {}  # of files not read yet
         self._lent = 0  # descriptors promised to `borrow`
         self._closed = False
 
@@ -132,6 +134,13 @@ class CheckpointReader:
         with contextlib.suppress(SourceError), self.borrow([path]) as (descriptor,):
             return ask_for(descriptor, offset, nbytes)
         return False
+
+    def expect(self, checkpoint: SourceCheckpoint) -> None:
+        """Refuse its files when they are first read, if they changed since their headers were."""
+        with self._changed:
+            for file in checkpoint.weights_files:
+                path = os.path.join(checkpoint.directory, file.relative_path)
+                self._expected[path] = file.size, file.modified_ns
 
     def verify_unchanged(self) -> None:
         """Check that every file read so far still has the size and time it was first opened with.
@@ -242,7 +251,8 @@ class CheckpointReader:
         try:
             descriptor, version = _open(path)
             with self._changed:
-                if self._versions.setdefault(path, version) != version:
+                expected = self._expected.pop(path, version)
+                if self._versions.setdefault(path, expected) != version:
                     os.close(descriptor)
                     raise _changed_file(path)
                 file = self._files[path] = _OpenFile(descriptor, readers=1)

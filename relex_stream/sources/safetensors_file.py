@@ -55,7 +55,8 @@ def read_weights_file(path: Path, relative_path: str) -> tuple[WeightsFile, dict
         If the file cannot be read, is truncated, or is not exactly what the format asks for:
         tensors of known dtypes that cover the file's data without gap, overlap or rest.
     """
-    raw_header, size = _read_header(path)
+    raw_header, status = _read_header(path)
+    size = status.st_size
     checked = _last_checked.get(relative_path)
     if checked is None or (checked.raw, checked.size) != (raw_header, size):
         checked = _check(path, raw_header, size)
@@ -66,7 +67,7 @@ def read_weights_file(path: Path, relative_path: str) -> tuple[WeightsFile, dict
     places = {
         spec.name: TensorPlace(spec, where, start + begin) for spec, begin, _ in checked.tensors
     }
-    return WeightsFile(relative_path, size, checked.parts), places
+    return WeightsFile(relative_path, size, status.st_mtime_ns, checked.parts), places
 
 
 class _Checked(NamedTuple):
@@ -99,14 +100,15 @@ def _check(path: Path, raw_header: bytes, size: int) -> _Checked:
     return _Checked(raw_header, size, tensors, parts)
 
 
-def _read_header(path: Path) -> tuple[bytes, int]:
-    """Return the length field with the header, and the file's size; limits come before reads."""
+def _read_header(path: Path) -> tuple[bytes, os.stat_result]:
+    """Return the length field with the header, and the file's status; limits come before reads."""
     try:
         # Opening a pipe would wait for its writer, so look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
             raise SourceError(f"{path}: not a regular file, so it cannot be a weights file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
                 raise _truncated(path, size, "at least 8")
@@ -131,7 +133,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
         ) from error
     if len(header) < length:
         raise _truncated(path, _LENGTH_BYTES + len(header), f"at least {_LENGTH_BYTES + length}")
-    return prefix + header, size
+    return prefix + header, status
 
 
 def _truncated(path: Path, size: int, expected: str) -> SourceError:
