@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -241,53 +242,37 @@ class _Added(NamedTuple):
         )
 
 
+@dataclass(frozen=True)
 class _Job:
     """A build with its options settled."""
 
-    def __init__(
-        self,
-        *,
-        writer: StoreWriter,
-        reader: CheckpointReader,
-        tensors: tuple[StoredTensor, ...],
-        shape: planner.ModelShape,
-        block_bytes: int,
-        files: Mapping[int, tuple[FileEntry, ...]],
-        base_checkpoint: SourceCheckpoint,
-        base_hint: str,
-        seed: int,
-        include_base: bool,
-        allow_nonfinite: bool,
-        memory_limit: int,
-        progress: Progress,
-    ) -> None:
-        self._writer = writer
-        self._reader = reader
-        self._tensors = tensors
-        self._shape = shape
-        self._block_bytes = block_bytes
-        self._files = files
-        self._base_checkpoint = base_checkpoint
-        self._base_hint = base_hint
-        self._seed = seed
-        self._include_base = include_base
-        self._allow_nonfinite = allow_nonfinite
-        self._memory_limit = memory_limit
-        self._progress = progress
+    writer: StoreWriter
+    reader: CheckpointReader
+    tensors: tuple[StoredTensor, ...]
+    shape: planner.ModelShape
+    block_bytes: int
+    files: Mapping[int, tuple[FileEntry, ...]]  # by step, as kept
+    base_checkpoint: SourceCheckpoint
+    base_hint: str
+    seed: int
+    include_base: bool
+    allow_nonfinite: bool
+    memory_limit: int
+    progress: Progress
 
     @property
     def _rows(self) -> int:
-        return len(self._writer.store.steps) if self._writer.store else 0
+        return len(self.writer.store.steps) if self.writer.store else 0
 
     def _batch_steps(
         self, places: Sequence[CheckpointPlaces], rows: int, commit_steps: int | None
     ) -> int:
         steps = planner.commit_batch(
-            self._shape,
+            self.shape,
             places[0].nbytes,
             rows,
             len(places),
-            planner.statistics_bytes(self._memory_limit),
+            planner.statistics_bytes(self.memory_limit),
         )
         return min(steps, commit_steps) if commit_steps else steps
 
@@ -305,22 +290,22 @@ class _Job:
         widest = max(steps, later)
         stage = StagePlan(
             name="encode",
-            tasks=self._shape.blocks,
-            read_bytes=sum(place.nbytes for place in places) + self._base_checkpoint.nbytes,
+            tasks=self.shape.blocks,
+            read_bytes=sum(place.nbytes for place in places) + self.base_checkpoint.nbytes,
             write_bytes=0,
-            worker_bytes=planner.ingest_worker_bytes(self._shape, widest),
+            worker_bytes=planner.ingest_worker_bytes(self.shape, widest),
         )
         shared = planner.ingest_shared_bytes(
-            self._shape,
+            self.shape,
             widest,
             self._rows + len(places),
-            max((tensor.blocks for tensor in self._tensors), default=0),
+            max((tensor.blocks for tensor in self.tensors), default=0),
         )
         return planner.make_plan(
             [stage],
             reserved_bytes=machine.resident_bytes(),
             shared_bytes=shared,
-            memory_limit_bytes=self._memory_limit,
+            memory_limit_bytes=self.memory_limit,
             workers=workers,
             workers_fixed=workers_fixed,
         )
@@ -337,30 +322,30 @@ class _Job:
         return added
 
     def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> list[Commit]:
-        store, rows = self._writer.store, self._rows
-        self._writer.allocate(self._tensors, rows + len(batch), include_base=self._include_base)
+        store, rows = self.writer.store, self._rows
+        self.writer.allocate(self.tensors, rows + len(batch), include_base=self.include_base)
         base = BaseWeights(
             expected_crc=store.manifest.base_crc if store else None,
-            places=self._base_checkpoint.tensors,
-            reader=self._reader,
-            where=self._base_checkpoint.directory,
+            places=self.base_checkpoint.tensors,
+            reader=self.reader,
+            where=self.base_checkpoint.directory,
         )
         ingest = Ingest(
-            root=self._writer.path,
+            root=self.writer.path,
             store=store,
             base=base,
-            reader=self._reader,
+            reader=self.reader,
             checkpoints=batch,
-            seed=self._seed,
-            sketch_width=self._shape.sketch_width,
-            allow_nonfinite=self._allow_nonfinite,
-            include_base=self._include_base and store is None,
-            tied_tensors=[tensor for tensor in self._tensors if tensor.kind == "tied"],
+            seed=self.seed,
+            sketch_width=self.shape.sketch_width,
+            allow_nonfinite=self.allow_nonfinite,
+            include_base=self.include_base and store is None,
+            tied_tensors=[tensor for tensor in self.tensors if tensor.kind == "tied"],
         )
         first = batch[0]
         # As they lie in the files: what the system reads ahead is then wanted next.
         by_place = sorted(
-            (tensor for tensor in self._tensors if tensor.blocks),
+            (tensor for tensor in self.tensors if tensor.blocks),
             key=lambda tensor: (first.file_of[tensor.index], first.offset_of[tensor.index]),
         )
         groups = grouped(
@@ -379,18 +364,18 @@ class _Job:
             lambda _, statistics: TensorResult.of(statistics),
             workers=workers,
             stage=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
-            progress=self._progress,
+            progress=self.progress,
             # With many checkpoints the system's own reading ahead is faster: 16 took 10.1 to 12.0 s
             # from a disk, and 13.0 to 14.7 s where they were asked for.
             fetch=ingest.fetch if len(batch) == 1 else None,
         )
-        self._reader.verify_unchanged()
+        self.reader.verify_unchanged()
         manifest = store.manifest if store else self._manifest(results)
         commits = self._commits(batch, results)
-        self._writer.commit(manifest, commits)
+        self.writer.commit(manifest, commits)
         for commit in commits:
             if not commit.changed.any():
-                before = self._writer.store.steps[commit.row - 1] if commit.row else 0  # type: ignore[union-attr]
+                before = self.writer.store.steps[commit.row - 1] if commit.row else 0  # type: ignore[union-attr]
                 warnings.warn(
                     f"step {commit.step} has the same weights as step {before}, bit for bit; "
                     "did training stop there? Leave such steps out of a fit with --history-steps",
@@ -400,23 +385,23 @@ class _Job:
         return commits
 
     def _manifest(self, results: dict[Hashable, TensorResult]) -> Manifest:
-        blocks = self._shape.blocks
+        blocks = self.shape.blocks
         base_crc, base_frame_bytes = np.zeros(blocks, np.uint32), np.zeros(blocks, np.uint32)
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             if tensor.blocks:
                 columns = slice(tensor.first_block, tensor.first_block + tensor.blocks)
                 result = results[tensor.index]
                 base_crc[columns] = result.base_crc
                 base_frame_bytes[columns] = result.base_frame_bytes
         return Manifest(
-            tensors=self._tensors,
-            block_bytes=self._block_bytes,
-            seed=self._seed,
-            sketch_width=self._shape.sketch_width,
-            base_hint=self._base_hint,
-            base_files=_keep_files(self._writer, self._base_checkpoint),
+            tensors=self.tensors,
+            block_bytes=self.block_bytes,
+            seed=self.seed,
+            sketch_width=self.shape.sketch_width,
+            base_hint=self.base_hint,
+            base_files=_keep_files(self.writer, self.base_checkpoint),
             base_crc=base_crc,
-            base_included=self._include_base,
+            base_included=self.include_base,
             base_frame_bytes=base_frame_bytes,
         )
 
@@ -425,8 +410,8 @@ class _Job:
         batch: Sequence[CheckpointPlaces],
         results: dict[Hashable, TensorResult],
     ) -> list[Commit]:
-        shape, rows, steps = self._shape, self._rows, len(batch)
-        store = self._writer.store
+        shape, rows, steps = self.shape, self._rows, len(batch)
+        store = self.writer.store
         tables = {
             name: np.zeros((steps, shape.blocks), np.uint32)
             for name in ("frame_bytes", "frame_crc", "changed", "source_crc")
@@ -437,7 +422,7 @@ class _Job:
         scale = np.zeros((steps, shape.sketched), np.float32)
         nonfinite = np.zeros(steps, np.bool_)
         # All steps of a tensor at once: tensors may be very many.
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             if not tensor.blocks:
                 continue
             result = results[tensor.index]
@@ -462,7 +447,7 @@ class _Job:
                     previous="",
                     source=place.name,
                     source_bytes=place.nbytes,
-                    files=self._files[place.step],
+                    files=self.files[place.step],
                     nonfinite=bool(nonfinite[index]),
                     change_sq=change_sq[index],
                     delta_sq=delta_sq,
