@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         verify,
     )
     from relex_stream.errors import (
+        ClusterError,
         CorruptionError,
+        DeviceError,
         FitError,
         MemoryLimitError,
         MissingDependencyError,
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ClusterError",
     "CorruptionError",
+    "DeviceError",
     "FitError",
     "MemoryLimitError",
     "MissingDependencyError",

@@ -56,6 +56,8 @@ def build_store(
     include_base: bool = False,
     allow_nonfinite: bool = False,
     seed: int = 0,
+    scheduler: AnyPath | None = None,
+    local_cluster: int | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a lossless delta store from checkpoints, or append new ones to it.
@@ -83,6 +85,13 @@ def build_store(
         values count as 0 in every statistic.
     seed : int
         Seed of the sketches (new stores only).
+    scheduler : str or path, optional
+        Do the work on a dask.distributed cluster: the address of its scheduler
+        (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
+        checkpoints and store under the same paths. `memory_limit` is then of each of its processes.
+        See docs/clusters.md.
+    local_cluster : int, optional
+        Do the work in so many processes of this machine, started for it.
 
     Returns
     -------
@@ -96,6 +105,8 @@ def build_store(
         If the store is locked, damaged or not a store.
     MemoryLimitError, OptionError
         If the arguments cannot be met. Whatever was committed before an error stays committed.
+    ClusterError, MissingDependencyError
+        If the cluster cannot be reached or does not do the work.
     """
     return _build.build(
         Path(base),
@@ -108,6 +119,8 @@ def build_store(
         include_base=include_base,
         allow_nonfinite=allow_nonfinite,
         seed=seed,
+        scheduler=None if scheduler is None else os.fspath(scheduler),
+        local_cluster=local_cluster,
         progress=progress,
     )
 
@@ -144,6 +157,10 @@ def extrapolate(
     workers: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    scheduler: AnyPath | None = None,
+    local_cluster: int | None = None,
+    devices: str = "auto",
+    device_memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> ExtrapolateSummary:
     """Write the models that a rank-r line through the stored checkpoints predicts (RELEX).
@@ -173,6 +190,15 @@ def extrapolate(
         Replace an output, if nothing was added to it since relex-stream wrote it.
     dry_run : bool
         Only plan.
+    scheduler, local_cluster
+        As in `build_store`; the machines see store, base and output. The output has the bits it
+        would have without.
+    devices : str
+        What works on blocks: ``"cpu"``, ``"cuda"`` (all GPUs), ``"cuda:0,cuda:2"``, or ``"auto"``:
+        what is projected to be faster; `ExtrapolateSummary.plan` says why. On a cluster, workers
+        with the resource ``GPU`` use their own. Statistics made on a GPU differ by rounding.
+    device_memory_limit : int, optional
+        Bytes to take of each GPU; default 0.8 of what is free.
 
     Returns
     -------
@@ -186,6 +212,10 @@ def extrapolate(
         If bytes of the store do not match their checksums.
     FitError, OptionError, MemoryLimitError, OutputError
         If the arguments cannot be met; the output is then absent or as it was.
+    DeviceError
+        If there is no such device.
+    ClusterError, MissingDependencyError
+        As in `build_store`.
     """
     return _extrapolation.extrapolate_steps(
         Path(store),
@@ -201,6 +231,10 @@ def extrapolate(
         workers=workers,
         overwrite=overwrite,
         dry_run=dry_run,
+        scheduler=None if scheduler is None else os.fspath(scheduler),
+        local_cluster=local_cluster,
+        devices=devices,
+        device_memory_limit=device_memory_limit,
         progress=progress,
     )
 

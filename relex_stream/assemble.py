@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from relex_stream.specs import joined_pieces
 from relex_stream.store import Store
 from relex_stream.store.records import FileEntry, StoredTensor
 from relex_stream.ulp import Bits
-from relex_stream.writer import OutputDirectory
+from relex_stream.writer import Filler, OutputDirectory
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Assembly:
         in_base_dtype: bool,
         replaced: Sequence[str] = (),
     ) -> None:
+        self._arguments = (store, tuple(entries), prefix, in_base_dtype, tuple(replaced))
         self._store = store
         self._prefix = prefix
         self._in_base_dtype = in_base_dtype
@@ -62,6 +64,10 @@ class Assembly:
         for entry in self._entries:
             if entry.recipe is not None:
                 self._follow_recipe(entry)
+
+    def __reduce__(self) -> Any:
+        # Recipes are read again where it is wanted: places of tensors may be very many.
+        return _assembly, self._arguments
 
     def _follow_recipe(self, entry: FileEntry) -> None:
         offset = 0
@@ -126,7 +132,7 @@ class Assembly:
         for place, name in self._literals:
             output.write(place.path, place.offset, self._store.blob(name))
 
-    def put(self, output: OutputDirectory, at: Blocks, bits: Bits) -> None:
+    def put(self, output: Filler, at: Blocks, bits: Bits) -> None:
         """Write the bits of blocks wherever the files hold them; neighbours in one piece."""
         raw: NDArray[np.uint8] = bits.view(np.uint8)
         done = 0
@@ -144,3 +150,13 @@ class Assembly:
         for path, offset, nbytes in joined_pieces(first):
             output.write(path, offset, raw[done : done + nbytes].data)
             done += nbytes
+
+
+def _assembly(
+    store: Store,
+    entries: Sequence[FileEntry],
+    prefix: str,
+    in_base_dtype: bool,  # noqa: FBT001 - called by pickle
+    replaced: Sequence[str],
+) -> Assembly:
+    return Assembly(store, entries, prefix=prefix, in_base_dtype=in_base_dtype, replaced=replaced)

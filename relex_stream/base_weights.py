@@ -25,30 +25,47 @@ from relex_stream.ulp import Bits, advance
 class BaseWeights:
     """The base's weights, from its directory or from the store, checked as they are read.
 
+    Can be pickled: a copy opens the files anew, and refuses those that were changed meanwhile.
+
     Parameters
     ----------
-    expected_crc : ndarray of uint32 or None
-        CRC-32C per block; None while a new store is being built.
-    places : mapping of name to TensorPlace, or None
-        Where the tensors are; None to read the frames in `store`.
-    where : str
-        The base's directory, for messages.
+    store : Store or None
+        The store that has its checksums, or its weights; None while a new one is being built.
+    checkpoint : SourceCheckpoint or None
+        Its directory; None to read the frames in `store`.
+    reader : CheckpointReader
+        What the directory is read with.
     """
 
     def __init__(
         self,
-        *,
-        expected_crc: NDArray[np.uint32] | None,
-        places: Mapping[str, TensorPlace] | None,
-        reader: CheckpointReader | None = None,
-        store: Store | None = None,
-        where: str,
+        store: Store | None,
+        checkpoint: SourceCheckpoint | None,
+        reader: CheckpointReader,
     ) -> None:
-        self._expected_crc = expected_crc
-        self._places = places
-        self._reader = reader
         self._store = store
-        self.where = where
+        self._reader = reader
+        self._expected_crc = store.manifest.base_crc if store is not None else None
+        self._places = checkpoint.tensors if checkpoint is not None else None
+        self._directory = checkpoint.directory if checkpoint is not None else None
+        if checkpoint is not None:
+            reader.expect(checkpoint)
+
+    @property
+    def where(self) -> str:
+        """Where the weights are, for messages."""
+        if self._directory is not None:
+            return self._directory
+        assert self._store is not None
+        return str(self._store.path)
+
+    def __getstate__(self) -> tuple[Store | None, str | None, CheckpointReader]:
+        return self._store, self._directory, self._reader
+
+    def __setstate__(self, state: tuple[Store | None, str | None, CheckpointReader]) -> None:
+        store, directory, reader = state
+        checkpoint = open_checkpoint(Path(directory), 0) if directory is not None else None
+        self.__init__(store, checkpoint, reader)  # type: ignore[misc]
 
     def read(self, at: Blocks, workspace: Workspace) -> tuple[Bits, NDArray[np.uint32]]:
         """Return the base's bit patterns (in a buffer of `workspace`) and each block's CRC-32C.
@@ -82,7 +99,6 @@ class BaseWeights:
         workspace: Workspace,
         places: Mapping[str, TensorPlace],
     ) -> Bits:
-        assert self._reader is not None
         itemsize = dtype.itemsize
         pieces = joined_pieces(
             (place.path, place.offset + block.start * itemsize, block.elements * itemsize)
@@ -113,7 +129,7 @@ class BaseWeights:
 
         True also where nothing can be said.
         """
-        if self._places is None or self._reader is None:
+        if self._places is None:
             return True
         place = self._places[at.tensor.name]
         itemsize = at.tensor.base_itemsize
@@ -135,7 +151,6 @@ class BaseWeights:
     def read_raw_crc(self, name: str, at: BlockOf, workspace: Workspace) -> int:
         """Return the CRC-32C of the block's range in another tensor of the same shape and dtype."""
         assert self._places is not None
-        assert self._reader is not None
         raw = workspace.array("tied", at.elements * at.tensor.base_itemsize, np.uint8)
         place = self._places[name]
         self._reader.read(place.path, place.offset + at.start * at.tensor.base_itemsize, raw)
@@ -175,12 +190,9 @@ def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> Base
     SourceError
         If it is not there, or is another model.
     """
-    manifest = store.manifest
     directory = base_directory(store, base)
     if directory is None:
-        return BaseWeights(
-            expected_crc=manifest.base_crc, places=None, store=store, where=str(store.path)
-        )
+        return BaseWeights(store, None, reader)
     if not directory.is_dir():
         origin = (
             "given with --base" if base is not None else "where it was when the store was built"
@@ -188,12 +200,7 @@ def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> Base
         raise SourceError(f"no base at {directory} ({origin}); give its directory with --base")
     checkpoint = open_checkpoint(directory, 0)
     check_base_layout(store, checkpoint)
-    return BaseWeights(
-        expected_crc=manifest.base_crc,
-        places=checkpoint.tensors,
-        reader=reader,
-        where=str(directory),
-    )
+    return BaseWeights(store, checkpoint, reader)
 
 
 def check_base_layout(store: Store, checkpoint: SourceCheckpoint) -> None:

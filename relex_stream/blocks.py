@@ -158,6 +158,15 @@ def float_formats(at: BlockOf) -> Hashable:
     return (tensor.base_dtype.code, tensor.dtype.code) if tensor.kind == "tracked" else None
 
 
+def float_pairs(tensors: Iterable[StoredTensor]) -> frozenset[tuple[str, str]]:
+    """Return the dtype codes of tracked tensors: of the base, and of the checkpoints."""
+    return frozenset(
+        (tensor.base_dtype.code, tensor.dtype.code)
+        for tensor in tensors
+        if tensor.kind == "tracked"
+    )
+
+
 def _strips(blocks: Iterable[BlockOf], kind_of: Callable[[BlockOf], Hashable]) -> Iterator[Blocks]:
     """Join neighbours that are whole tensors, up to the elements of a large tensor's block."""
     run: list[BlockOf] = []

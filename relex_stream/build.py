@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,10 +19,10 @@ import numpy as np
 
 from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
-from relex_stream.blocks import BlockOf, model_shape
+from relex_stream.blocks import BlockOf, float_pairs, model_shape
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
-from relex_stream.graph import grouped, run_groups
-from relex_stream.ingest import BlockStatistics, Ingest, TensorResult
+from relex_stream.graph import Executor, grouped, open_executor
+from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint, parse_steps
@@ -54,6 +54,8 @@ def build(
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    scheduler: str | None = None,
+    local_cluster: int | None = None,
     progress: Progress | None,
     block_bytes: int = BLOCK_BYTES,
     sketch_min_elements: int = SKETCH_MIN_ELEMENTS,
@@ -78,12 +80,23 @@ def build(
         )
     if not 0 <= seed < 1 << 63:
         raise OptionError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
-    asked_workers = machine.wanted_workers(workers)
+    if workers is not None:
+        machine.wanted_workers(workers)
     _refuse_overlap(base, checkpoints, store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
     found = find_checkpoints(checkpoints, pattern, selection)
-    with StoreWriter(store) as writer, CheckpointReader() as reader:
+    with (
+        StoreWriter(store) as writer,
+        CheckpointReader() as reader,
+        open_executor(
+            scheduler=scheduler,
+            local_cluster=local_cluster,
+            workers=workers,
+            memory_limit=memory_limit,
+            progress=progress,
+        ) as executor,
+    ):
         committed = writer.store
         stored_steps = committed.steps if committed else ()
         todo, skipped = _split_found(found.checkpoints, stored_steps)
@@ -104,19 +117,24 @@ def build(
             raise SourceError(f"{checkpoints} holds no checkpoints to store")
         reader.expect(base_checkpoint)
         bytes_before = committed.stored_bytes() if committed else 0
-        places, files = [], {}
+        places: list[CheckpointPlaces] = []
+        files = {}
         for checkpoint in opened:
             name = _name_in(checkpoints, Path(checkpoint.directory))
-            places.append(match_checkpoint(checkpoint, tensors, name))
+            before = places[-1] if places else None
+            places.append(match_checkpoint(checkpoint, tensors, name, before))
             # Now, and not when its batch is committed: it would have to be opened again.
             files[checkpoint.step] = _keep_files(writer, checkpoint)
             reader.expect(checkpoint)
         shape = model_shape(tensors, sketch_width)
-        if places:
-            warm_up_encoding(tensors, progress)
+        capacity = executor.prepare(
+            warm_up_encoding if places else _warm_up_nothing, float_pairs(tensors), progress
+        )
+        executor.check_sees([base, *(Path(place.directory) for place in places[-1:]), store])
         job = _Job(
             writer=writer,
             reader=reader,
+            executor=executor,
             tensors=tensors,
             shape=shape,
             block_bytes=block_bytes,
@@ -126,15 +144,10 @@ def build(
             seed=seed,
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
-            memory_limit=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
+            memory_limit=capacity.memory_limit_bytes,
             progress=progress,
         )
-        plan = job.plan(
-            places,
-            asked_workers,
-            workers_fixed=workers is not None,
-            commit_steps=commit_steps,
-        )
+        plan = job.plan(places, capacity, commit_steps=commit_steps)
         added = job.run(places, plan, commit_steps)
         finished = writer.store
         assert finished is not None
@@ -226,6 +239,10 @@ def _relative_hint(base: Path, store: Path) -> str:
     return os.path.relpath(base.resolve(), store.resolve())
 
 
+def _warm_up_nothing(_: object, __: Progress) -> None:
+    pass
+
+
 class _Added(NamedTuple):
     """A step that was committed, and the sums over its blocks that the summary tells."""
 
@@ -248,6 +265,7 @@ class _Job:
 
     writer: StoreWriter
     reader: CheckpointReader
+    executor: Executor
     tensors: tuple[StoredTensor, ...]
     shape: planner.ModelShape
     block_bytes: int
@@ -279,9 +297,8 @@ class _Job:
     def plan(
         self,
         places: Sequence[CheckpointPlaces],
-        workers: int,
+        capacity: planner.Capacity,
         *,
-        workers_fixed: bool,
         commit_steps: int | None,
     ) -> Plan:
         """Project the memory of the widest batch."""
@@ -301,14 +318,7 @@ class _Job:
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
         )
-        return planner.make_plan(
-            [stage],
-            reserved_bytes=machine.resident_bytes(),
-            shared_bytes=shared,
-            memory_limit_bytes=self.memory_limit,
-            workers=workers,
-            workers_fixed=workers_fixed,
-        )
+        return planner.make_plan([stage], capacity, shared_bytes=shared)
 
     def run(
         self, places: Sequence[CheckpointPlaces], plan: Plan, commit_steps: int | None
@@ -324,16 +334,11 @@ class _Job:
     def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> list[Commit]:
         store, rows = self.writer.store, self._rows
         self.writer.allocate(self.tensors, rows + len(batch), include_base=self.include_base)
-        base = BaseWeights(
-            expected_crc=store.manifest.base_crc if store else None,
-            places=self.base_checkpoint.tensors,
-            reader=self.reader,
-            where=self.base_checkpoint.directory,
-        )
         ingest = Ingest(
             root=self.writer.path,
+            fence=self.writer.fence,
             store=store,
-            base=base,
+            base=BaseWeights(store, self.base_checkpoint, self.reader),
             reader=self.reader,
             checkpoints=batch,
             seed=self.seed,
@@ -357,19 +362,15 @@ class _Job:
             for tensor in by_place
         )
         steps = f"steps {batch[0].step} to {batch[-1].step}"
-        results: dict[Hashable, TensorResult] = run_groups(
+        results: dict[int, TensorResult] = self.executor.run(
+            ingest,
             groups,
-            ingest.run,
-            BlockStatistics.combine,
-            lambda _, statistics: TensorResult.of(statistics),
             workers=workers,
-            stage=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
+            name=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
             progress=self.progress,
-            # With many checkpoints the system's own reading ahead is faster: 16 took 10.1 to 12.0 s
-            # from a disk, and 13.0 to 14.7 s where they were asked for.
-            fetch=ingest.fetch if len(batch) == 1 else None,
         )
-        self.reader.verify_unchanged()
+        files = {path for place in batch for path in place.files}
+        self.reader.verify_unchanged(files.union(self.base_checkpoint.weights_paths))
         manifest = store.manifest if store else self._manifest(results)
         commits = self._commits(batch, results)
         self.writer.commit(manifest, commits)
@@ -384,7 +385,7 @@ class _Job:
                 )
         return commits
 
-    def _manifest(self, results: dict[Hashable, TensorResult]) -> Manifest:
+    def _manifest(self, results: dict[int, TensorResult]) -> Manifest:
         blocks = self.shape.blocks
         base_crc, base_frame_bytes = np.zeros(blocks, np.uint32), np.zeros(blocks, np.uint32)
         for tensor in self.tensors:
@@ -408,7 +409,7 @@ class _Job:
     def _commits(
         self,
         batch: Sequence[CheckpointPlaces],
-        results: dict[Hashable, TensorResult],
+        results: dict[int, TensorResult],
     ) -> list[Commit]:
         shape, rows, steps = self.shape, self._rows, len(batch)
         store = self.writer.store

@@ -41,8 +41,16 @@ class OptionError(RelexStreamError, ValueError):
     """An argument has a value that is not allowed."""
 
 
+class ClusterError(RelexStreamError, RuntimeError):
+    """A dask cluster cannot be reached, or cannot do the work."""
+
+
 class MissingDependencyError(RelexStreamError, ImportError):
     """A package that only this part needs is not installed."""
+
+
+class DeviceError(RelexStreamError, RuntimeError):
+    """A device that was asked for is not there, or torch cannot use it."""
 
 
 class RelexStreamWarning(UserWarning):

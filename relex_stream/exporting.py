@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +18,26 @@ from relex_stream.blocks import (
     Blocks,
     Workspace,
     float_formats,
+    float_pairs,
     model_shape,
     work_on_strips,
 )
 from relex_stream.checksum import extend_each
 from relex_stream.errors import CorruptionError
-from relex_stream.graph import grouped, run_groups
+from relex_stream.graph import Stage, Threads, grouped
 from relex_stream.paths import refuse_inside
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.summaries import ExportedFile, ExportSummary, StagePlan
 from relex_stream.warmup import warm_up_decoding
-from relex_stream.writer import OutputDirectory
+from relex_stream.writer import Filler, OutputDirectory
 
 
-class BlockExport:
-    """Writes blocks of one step; safe to call from several threads."""
+class BlockExport(Stage[tuple[BlockOf, ...], None, "Counter[str]"]):
+    """Writes blocks of one step."""
+
+    fetches = True
 
     def __init__(
         self,
@@ -43,25 +45,43 @@ class BlockExport:
         base: BaseWeights,
         rows: int,
         assembly: Assembly,
-        output: OutputDirectory,
+        filler: Filler,
     ) -> None:
+        super().__init__()
         self._store = store
         self._base = base
         self._rows = rows
         self._assembly = assembly
-        self._output = output
+        self._filler = filler
         self._expected_crc = store.commit(rows - 1).source_crc if rows else store.manifest.base_crc
-        self._local = threading.local()
 
-    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[None]:
-        """Write neighbouring blocks."""
-        if not hasattr(self._local, "workspace"):
-            self._local.workspace = Workspace()
+    def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
+        """As in `Stage`."""
+        fetch_blocks(self._store, self._base, self._rows, tasks)
+
+    def work(
+        self, tasks: Sequence[tuple[BlockOf, ...]], values: Sequence[None]
+    ) -> list[Counter[str]]:
+        """Write neighbouring blocks; return how many bytes, by file."""
         work_on_strips(tasks, float_formats, self._write)
-        return [None] * len(tasks)
+        # Neighbours are one write: which task's it was nobody asks.
+        return [self._filler.take_written(), *(Counter[str]() for _ in tasks[1:])]
+
+    def combine(self, partials: list[Counter[str]]) -> Counter[str]:
+        """Add up."""
+        total = Counter[str]()
+        for partial in partials:
+            total.update(partial)
+        return total
+
+    def finish(
+        self, key: Hashable, value: None, total: Counter[str], *, last: bool
+    ) -> Counter[str]:
+        """Return what was written of a tensor."""
+        return total
 
     def _write(self, at: Blocks) -> list[None]:
-        reader = BlockReader(self._store, self._base, self._local.workspace)
+        reader = BlockReader(self._store, self._base, self.of_thread(Workspace))
         bits = reader.base_bits(at)
         if self._rows and at.blocks[0].tensor.kind == "tracked":
             bits = reader.bits_at(at, bits, self._rows)
@@ -74,7 +94,7 @@ class BlockExport:
                     f"{block.tensor.name}, block {block.block} does not come back as it was "
                     "ingested"
                 )
-        self._assembly.put(self._output, at, bits)
+        self._assembly.put(self._filler, at, bits)
         return [None] * len(at.blocks)
 
 
@@ -91,7 +111,7 @@ def export_step(
     """Export a step; `relex_stream.api.export` says what the arguments are."""
     started = time.monotonic()
     progress = progress or NoProgress()
-    asked_workers = machine.wanted_workers(workers)
+    executor = Threads(workers, memory_limit)
     store = Store(store_path)
     rows = store.row_of(step) + 1 if step else 0
     refuse_inside(out, store_path, "OUT", "STORE")
@@ -102,7 +122,8 @@ def export_step(
     assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
     output = OutputDirectory(out)
     output.check(assembly.nbytes)
-    warm_up_decoding(store.manifest.tensors, progress)
+    pairs = float_pairs(store.manifest.tensors)
+    capacity = executor.prepare(warm_up_decoding, pairs, progress)
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
     stage = StagePlan(
         name="export",
@@ -113,17 +134,14 @@ def export_step(
     )
     plan = planner.make_plan(
         [stage],
-        reserved_bytes=machine.resident_bytes(),
+        capacity,
         shared_bytes=planner.extrapolate_shared_bytes(shape, rows, 0, 0, 0),
-        memory_limit_bytes=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
-        workers=asked_workers,
-        workers_fixed=workers is not None,
     )
     with CheckpointReader() as reader, output:
         weights = open_base(store, base, reader)
         assembly.begin(output)
-        work = BlockExport(store, weights, rows, assembly, output)
-        run_groups(
+        written: dict[Hashable, Counter[str]] = executor.run(
+            BlockExport(store, weights, rows, assembly, output.filler),
             grouped(
                 (
                     tensor.index,
@@ -132,14 +150,12 @@ def export_step(
                 )
                 for tensor in assembly.tensors
             ),
-            work.run,
-            lambda _: None,
-            lambda *_: None,
             workers=plan.workers,
-            stage=f"export step {step}",
+            name=f"export step {step}",
             progress=progress,
-            fetch=partial(fetch_blocks, store, weights, rows),
         )
+        for each in written.values():
+            output.add_written(each)
         progress.start("SHA-256", assembly.nbytes)
         digests = output.hash_files(progress.advance)
         progress.finish()

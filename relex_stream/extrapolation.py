@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import threading
 import time
 import warnings
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +31,15 @@ from relex_stream.blocks import (
     BlockOf,
     Blocks,
     Workspace,
-    float_formats,
+    float_pairs,
     model_shape,
     work_on_strips,
 )
-from relex_stream.errors import RelexStreamWarning
+from relex_stream.devices import parse_devices
+from relex_stream.errors import DeviceError, RelexStreamWarning
 from relex_stream.fit import hat_vector, output_weights, r_squared
-from relex_stream.graph import grouped, run_groups
+from relex_stream.graph import Executor, Stage, grouped, open_executor
+from relex_stream.offload import Offload, choose_offload, kind_for
 from relex_stream.pages import PAGE_BYTES
 from relex_stream.paths import refuse_inside
 from relex_stream.request import Request, check_request
@@ -54,62 +59,101 @@ from relex_stream.subspaces import (
 )
 from relex_stream.summaries import ExtrapolateSummary, Output, Plan, StagePlan, TensorFigures
 from relex_stream.sweep import TILE_COLUMNS, sweep_outputs
-from relex_stream.ulp import add_rounded
-from relex_stream.warmup import warm_up_extrapolation
-from relex_stream.writer import MARKER, OutputDirectory
+from relex_stream.ulp import Bits, add_rounded
+from relex_stream.warmup import Pairs, warm_up_extrapolation
+from relex_stream.writer import MARKER, Filler, OutputDirectory
 
 Float64 = NDArray[np.float64]
 
 _OWN_FILES = ("README.md", MARKER)
 
 
-class BlockWrite:
-    """Writes blocks of all outputs; safe to call from several threads.
+class Written(NamedTuple):
+    """What writing some blocks did: values that overflowed, and bytes by file."""
 
-    Parameters
-    ----------
-    weights : dict of int to ndarray of float64, shape (T, outputs)
-        ``L^T w`` per tensor index; tensors without are copied from the base.
+    overflowed: int
+    nbytes: Counter[str]
+
+
+class BlockWrite(Stage[tuple[BlockOf, ...], Float64, Written]):
+    """Writes blocks of all outputs.
+
+    A group is a tensor. It is given ``L^T w``, of float64 and shape (T, outputs); one that is given
+    none is copied from the base.
     """
+
+    fetches = True
 
     def __init__(
         self,
         store: Store,
         base: BaseWeights,
-        output: OutputDirectory,
+        filler: Filler,
         assemblies: Sequence[Assembly],
-        weights: dict[int, Float64],
+        rows: int,
         entry_capacity: int,
+        offload: Offload | None,
     ) -> None:
+        super().__init__()
         self._store = store
         self._base = base
-        self._output = output
+        self._filler = filler
         self._assemblies = assemblies
-        self._weights = weights
-        self.rows = max((weight.shape[0] for weight in weights.values()), default=0)
+        self._rows = rows
         self._entry_capacity = entry_capacity
-        self._local = threading.local()
+        self._offload = offload
+        self.device_share = offload.share if offload is not None else 0.0
 
-    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[int]:
-        """Write neighbouring blocks; return for each task how many values overflowed."""
-        if not hasattr(self._local, "workspace"):
-            self._local.workspace = Workspace()
-        workspace: Workspace = self._local.workspace
+    def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
+        """As in `Stage`."""
+        fetch_blocks(self._store, self._base, self._rows, tasks)
+
+    def work(
+        self, tasks: Sequence[tuple[BlockOf, ...]], values: Sequence[Float64 | None]
+    ) -> list[Written]:
+        """Write neighbouring blocks."""
+        workspace = self.of_thread(Workspace)
         reader = BlockReader(self._store, self._base, workspace, self._entry_capacity)
+        weights = {
+            task[0].tensor.index: value
+            for task, value in zip(tasks, values, strict=True)
+            if value is not None
+        }
 
         def write(at: Blocks) -> list[int]:
-            return self._write(reader, at, workspace)
+            return self._write(reader, at, _weights_of(at, weights), workspace)
 
-        return [sum(counts) for counts in work_on_strips(tasks, float_formats, write)]
+        kind_of = partial(kind_for, self._offload)
+        overflowed = [sum(counts) for counts in work_on_strips(tasks, kind_of, write)]
+        # Neighbours are one write: which task's it was nobody asks.
+        nbytes = [self._filler.take_written(), *(Counter[str]() for _ in tasks[1:])]
+        return [Written(*each) for each in zip(overflowed, nbytes, strict=True)]
 
-    def _write(self, reader: BlockReader, at: Blocks, workspace: Workspace) -> list[int]:
+    def combine(self, partials: list[Written]) -> Written:
+        """Add up."""
+        total = Counter[str]()
+        for each in partials:
+            total.update(each.nbytes)
+        return Written(sum(each.overflowed for each in partials), total)
+
+    def finish(
+        self, key: Hashable, value: Float64 | None, total: Written, *, last: bool
+    ) -> Written:
+        """Return what was written of a tensor."""
+        return total
+
+    def settle(self) -> None:
+        """As in `Stage`."""
+        self._filler.sync()
+
+    def _write(
+        self, reader: BlockReader, at: Blocks, weights: Float64 | None, workspace: Workspace
+    ) -> list[int]:
         base_bits = reader.base_bits(at)
-        weights = self._weights_of(at)
-        if weights is None or not reader.entries(at, self.rows):
+        if weights is None or not reader.entries(at, self._rows):
             for assembly in self._assemblies:
-                assembly.put(self._output, at, base_bits)
+                assembly.put(self._filler, at, base_bits)
             return [0] * len(at.blocks)
-        changes = reader.change_rows(at, base_bits, self.rows)
         outputs = weights.shape[1]
         # Every output has the base's files: the same offsets. Rows that begin a page apart.
         first = at.blocks[0]
@@ -117,35 +161,52 @@ class BlockWrite:
         stride = -(-at.elements * base_bits.itemsize // PAGE_BYTES) * PAGE_BYTES
         shape = (outputs, stride // base_bits.itemsize)
         rounded = workspace.array("rounded", shape, base_bits.dtype, offset)
+        overflowed = None
+        if self._offload is not None:
+            overflowed = self._offload.outputs(reader, at, base_bits, self._rows, weights, rounded)
+        if overflowed is None:
+            overflowed = self._sweep(reader, at, base_bits, weights, rounded)
+        if overflowed and len(at.blocks) > 1:
+            # One by one, which tells whose they are.
+            each = np.split(weights, len(at.blocks))
+            return [
+                count
+                for block, own in zip(at.blocks, each, strict=True)
+                for count in self._write(reader, block, own, workspace)
+            ]
+        for assembly, bits in zip(self._assemblies, rounded, strict=True):
+            assembly.put(self._filler, at, bits[: at.elements])
+        return [overflowed] * len(at.blocks)
+
+    def _sweep(
+        self, reader: BlockReader, at: Blocks, base_bits: Bits, weights: Float64, rounded: Bits
+    ) -> int:
+        """Write to `rounded` what blocks are to have; return how many values overflowed."""
+        changes = reader.change_rows(at, base_bits, self._rows)
+        outputs = weights.shape[1]
         columns = min(TILE_COLUMNS, at.elements) if changes.fits else at.elements
-        sums = workspace.array("sums", (columns, outputs), np.float64)
+        sums = reader.workspace.array("sums", (columns, outputs), np.float64)
         fmt = at.base_format
         if changes.fits:
             block = changes.at_hand()
-            overflowed = int(sweep_outputs(block, weights, base_bits, fmt.tag, sums, rounded))
-        else:
-            sums[:] = 0
-            for batch in changes.batches():
-                add_weighted_rows(batch, 0, weights, sums)
-            overflowed = sum(
-                add_rounded(base_bits, sums[:, output], fmt, rounded[output, : at.elements])
-                for output in range(outputs)
-            )
-        if overflowed and len(at.blocks) > 1:
-            # One by one, which tells whose they are.
-            return [count for block in at.blocks for count in self._write(reader, block, workspace)]
-        for assembly, bits in zip(self._assemblies, rounded, strict=True):
-            assembly.put(self._output, at, bits[: at.elements])
-        return [overflowed] * len(at.blocks)
+            return int(sweep_outputs(block, weights, base_bits, fmt.tag, sums, rounded))
+        sums[:] = 0
+        for batch in changes.batches():
+            add_weighted_rows(batch, 0, weights, sums)
+        return sum(
+            add_rounded(base_bits, sums[:, output], fmt, rounded[output, : at.elements])
+            for output in range(outputs)
+        )
 
-    def _weights_of(self, at: Blocks) -> Float64 | None:
-        """Return the weights of all rows of D; None if there are none but zeros."""
-        each = [self._weights.get(block.tensor.index) for block in at.blocks]
-        given = [weights for weights in each if weights is not None]
-        if len(given) in (0, len(each)):
-            return np.concatenate(given) if given else None
-        zeros = np.zeros_like(given[0])
-        return np.concatenate([zeros if weights is None else weights for weights in each])
+
+def _weights_of(at: Blocks, weights: Mapping[int, Float64]) -> Float64 | None:
+    """Return the weights of all rows of D; None if there are none but zeros."""
+    each = [weights.get(block.tensor.index) for block in at.blocks]
+    given = [some for some in each if some is not None]
+    if len(given) in (0, len(each)):
+        return np.concatenate(given) if given else None
+    zeros = np.zeros_like(given[0])
+    return np.concatenate([zeros if some is None else some for some in each])
 
 
 def extrapolate_steps(
@@ -163,6 +224,10 @@ def extrapolate_steps(
     workers: int | None,
     overwrite: bool,
     dry_run: bool,
+    scheduler: str | None = None,
+    local_cluster: int | None = None,
+    devices: str = "auto",
+    device_memory_limit: int | None = None,
     progress: Progress | None,
     entry_capacity: int = DEFAULT_ENTRY_CAPACITY,
 ) -> ExtrapolateSummary:
@@ -175,7 +240,8 @@ def extrapolate_steps(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    asked_workers = machine.wanted_workers(workers)
+    if workers is not None:
+        machine.wanted_workers(workers)
     store = Store(store_path)
     request = check_request(
         store,
@@ -204,30 +270,46 @@ def extrapolate_steps(
     output = OutputDirectory(out, overwrite=overwrite)
     output.check(sum(assembly.nbytes for assembly in assemblies))
     figures: list[TensorFigures] = []
-    with CheckpointReader() as reader:
-        weights_of_base = open_base(store, base, reader)
-        # The disk has something to do while kernels are loaded.
-        rows = 0 if dry_run else len(request.history)
-        with fetching_first_blocks(store, weights_of_base, rows):
-            warm_up_extrapolation(store.manifest.tensors, progress)
-        plan = _plan(
-            store,
-            request,
-            assemblies,
-            entry_capacity=entry_capacity,
+    with (
+        CheckpointReader() as reader,
+        open_executor(
+            scheduler=scheduler,
+            local_cluster=local_cluster,
+            local_gpus=parse_devices(devices).kind == "cuda",
+            workers=workers,
             memory_limit=memory_limit,
-            workers=asked_workers,
-            workers_fixed=workers is not None,
+            progress=progress,
+        ) as executor,
+    ):
+        weights_of_base = open_base(store, base, reader)
+        offload, devices_reason = _choose_devices(
+            store, request, executor.places(), devices, device_memory_limit
+        )
+        # The disk has something to do while kernels are loaded.
+        fetching: AbstractContextManager[Any] = nullcontext()
+        if executor.is_local and not dry_run:
+            fetching = fetching_first_blocks(store, weights_of_base, request.options)
+        with fetching:
+            pairs = float_pairs(store.manifest.tensors)
+            capacity = executor.prepare(_warm_up, (pairs, offload), progress)
+        executor.check_sees([store.path, *([directory] if directory is not None else [])])
+        plan = replace(
+            _plan(store, request, assemblies, capacity, offload, entry_capacity=entry_capacity),
+            devices=offload.plan if offload is not None else None,
+            devices_reason=devices_reason,
         )
         if not dry_run:
             with output:
+                executor.check_sees([output.filler.directory])
                 subspaces = solve_subspaces(
                     store,
                     weights_of_base,
                     request.options,
-                    entry_capacity=entry_capacity,
+                    executor=executor,
                     workers=plan.workers,
                     progress=progress,
+                    entry_capacity=entry_capacity,
+                    offload=offload,
                 )
                 figures = _figures(store, request, subspaces)
                 weights = _weights(store, request, subspaces)
@@ -236,10 +318,15 @@ def extrapolate_steps(
                 _write_blocks(
                     store,
                     weights_of_base,
-                    BlockWrite(store, weights_of_base, output, assemblies, weights, entry_capacity),
+                    output,
                     assemblies,
-                    plan.workers,
-                    progress,
+                    weights,
+                    executor=executor,
+                    workers=plan.workers,
+                    progress=progress,
+                    rows=len(request.history),
+                    entry_capacity=entry_capacity,
+                    offload=offload,
                 )
                 _write_documents(store, request, figures, output)
                 output.finish()
@@ -301,30 +388,43 @@ def _weights(store: Store, request: Request, subspaces: dict[str, Subspace]) -> 
 def _write_blocks(
     store: Store,
     base: BaseWeights,
-    work: BlockWrite,
+    output: OutputDirectory,
     assemblies: Sequence[Assembly],
+    weights: Mapping[int, Float64],
+    *,
+    executor: Executor,
     workers: int,
     progress: Progress,
+    rows: int,
+    entry_capacity: int,
+    offload: Offload | None,
 ) -> None:
     outputs = len(assemblies)
-    totals = BlockTotals.of(store, work.rows)
+    totals = BlockTotals.of(store, rows)
 
     def worked_on(at: BlockOf) -> int:
         return totals.work(at) + at.elements * at.tensor.base_itemsize * outputs
 
-    overflowed: dict[Hashable, int] = run_groups(
+    written: dict[int, Written] = executor.run(
+        BlockWrite(store, base, output.filler, assemblies, rows, entry_capacity, offload),
         grouped(
-            (tensor.index, [BlockOf(tensor, block) for block in range(tensor.blocks)], worked_on)
-            for tensor in assemblies[0].tensors
+            (
+                (
+                    tensor.index,
+                    [BlockOf(tensor, block) for block in range(tensor.blocks)],
+                    worked_on,
+                )
+                for tensor in assemblies[0].tensors
+            ),
+            given=weights.get,
         ),
-        work.run,
-        _total,
-        lambda _, count: count,
         workers=workers,
-        stage="write outputs",
+        name="write outputs",
         progress=progress,
-        fetch=partial(fetch_blocks, store, base, work.rows),
     )
+    for each in written.values():
+        output.add_written(each.nbytes)
+    overflowed = {index: each.overflowed for index, each in written.items()}
     names = [t.name for t in store.manifest.tensors if overflowed.get(t.index)]
     if names:
         warnings.warn(
@@ -333,10 +433,6 @@ def _write_blocks(
             RelexStreamWarning,
             stacklevel=3,
         )
-
-
-def _total(counts: list[int]) -> int:
-    return sum(counts)
 
 
 def _write_documents(
@@ -390,18 +486,16 @@ def _plan(
     store: Store,
     request: Request,
     assemblies: Sequence[Assembly],
+    capacity: planner.Capacity,
+    offload: Offload | None,
     *,
     entry_capacity: int,
-    memory_limit: int | None,
-    workers: int,
-    workers_fixed: bool,
 ) -> Plan:
     options = request.options
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
     totals = BlockTotals.of(store, options.rows)
     exact, randomized = split_routes(changed_tensors(store, options.rows), options)
     basis = basis_columns(options) if randomized else 0
-    passes = options.power_iterations if randomized else min(1, len(exact))
     stages = [
         _statistics_stage(
             totals,
@@ -411,7 +505,7 @@ def _plan(
             number,
             entry_capacity,
         )
-        for number in range(passes)
+        for number in range(options.power_iterations if randomized else min(1, len(exact)))
     ]
     tensor_bytes = assemblies[0].tensor_bytes
     stages.append(
@@ -423,15 +517,73 @@ def _plan(
             worker_bytes=planner.write_worker_bytes(shape, entry_capacity, len(assemblies)),
         )
     )
+    if offload is not None:
+        staging = planner.device_staging_bytes(
+            shape.largest_block, *_itemsizes(store), len(assemblies)
+        )
+        stages = [replace(each, worker_bytes=each.worker_bytes + staging) for each in stages]
     return planner.make_plan(
         stages,
-        reserved_bytes=machine.resident_bytes(),
+        capacity,
         shared_bytes=planner.extrapolate_shared_bytes(
             shape, options.rows, basis, len(assemblies), len(exact)
         ),
-        memory_limit_bytes=machine.memory_limit(memory_limit, planner.DEFAULT_LIMIT_BYTES),
-        workers=workers,
-        workers_fixed=workers_fixed,
+    )
+
+
+def _warm_up(what: tuple[Pairs, Offload | None], progress: Progress) -> None:
+    """Prepare a process: kernels, and the device if it has one."""
+    pairs, offload = what
+    warm_up_extrapolation(pairs, progress)
+    if offload is not None:
+        # A worker of a cluster may have none; it gets no such tasks.
+        with suppress(DeviceError):
+            offload.open()
+
+
+def _choose_devices(
+    store: Store,
+    request: Request,
+    places: planner.Places,
+    asked: str,
+    memory_limit_bytes: int | None,
+) -> tuple[Offload | None, str]:
+    options, outputs = request.options, len(request.targets)
+    changed = changed_tensors(store, options.rows)
+    exact, randomized = split_routes(changed, options)
+    basis = basis_columns(options) if randomized else 0
+    itemsize, base_itemsize = _itemsizes(store)
+    shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
+    work = planner.DeviceWork(
+        elements=sum(tensor.elements for tensor in changed),
+        changes=int(store.changed[: options.rows].sum(dtype=np.int64)),
+        rows=options.rows,
+        itemsize=itemsize,
+        base_itemsize=base_itemsize,
+        basis=basis,
+        passes=options.power_iterations if randomized else 1,
+        outputs=outputs,
+    )
+    block_bytes = planner.device_block_bytes(
+        shape.largest_block,
+        options.rows,
+        itemsize,
+        base_itemsize,
+        basis=basis,
+        gram=bool(exact),
+        outputs=outputs,
+    )
+    return choose_offload(
+        asked, work, places, block_bytes=block_bytes, memory_limit_bytes=memory_limit_bytes
+    )
+
+
+def _itemsizes(store: Store) -> tuple[int, int]:
+    """Return the bytes of a weight of the checkpoints and of the base: the widest."""
+    tracked = [tensor for tensor in store.manifest.tensors if tensor.kind == "tracked"]
+    return (
+        max((tensor.itemsize for tensor in tracked), default=2),
+        max((tensor.base_itemsize for tensor in tracked), default=2),
     )
 
 

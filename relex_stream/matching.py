@@ -167,9 +167,15 @@ class CheckpointPlaces:
 
 
 def match_checkpoint(
-    checkpoint: SourceCheckpoint, tensors: Sequence[StoredTensor], name: str
+    checkpoint: SourceCheckpoint,
+    tensors: Sequence[StoredTensor],
+    name: str,
+    before: CheckpointPlaces | None = None,
 ) -> CheckpointPlaces:
     """Check a checkpoint's headers against the store's tensors and keep where they are.
+
+    Tables that are those of the one `before` are shared with it: usually all checkpoints have
+    the same layout, and there may be 500 of 30,000 tensors, to be sent to many processes.
 
     Raises
     ------
@@ -204,6 +210,11 @@ def match_checkpoint(
             )
         file_of[tensor.index] = number[place.path]
         offset_of[tensor.index] = place.offset
+    if before is not None:
+        if np.array_equal(file_of, before.file_of):
+            file_of = before.file_of
+        if np.array_equal(offset_of, before.offset_of):
+            offset_of = before.offset_of
     side_bytes = sum(
         (Path(checkpoint.directory) / name).stat().st_size for name in checkpoint.side_files
     )

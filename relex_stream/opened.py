@@ -23,7 +23,7 @@ from relex_stream.ulp import Bits, numbers, widen
 if TYPE_CHECKING:
     import torch
 
-    from relex_stream.graph import DaskArray
+    from relex_stream.graph.lazy import DaskArray
 
 _SLAB_BYTES = 32 << 20
 """Bytes of one chunk of a lazy array, about."""

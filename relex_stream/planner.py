@@ -191,28 +191,99 @@ def extrapolate_shared_bytes(
     return tables + passes + grams + weights + sketches
 
 
-def make_plan(
-    stages: Sequence[StagePlan],
-    *,
-    reserved_bytes: int,
-    shared_bytes: int,
-    memory_limit_bytes: int,
-    workers: int,
-    workers_fixed: bool,
-) -> Plan:
+SCHEDULER_TASK_S = 1.2e-3
+"""What a task costs the scheduler of a cluster, which has one thread (docs/scaling.md)."""
+
+SCHEDULER_SHARE = 0.05
+"""Most of a run that its scheduling may take."""
+
+_WORK_BYTES_PER_S = 1.5e9
+"""What a thread works through at its quickest; a slower one makes scheduling a smaller share."""
+
+_TASKS_PER_WORKER = 8
+"""So many tasks keep all threads of a cluster busy until nearly the end."""
+
+
+def cluster_task_bytes(total_bytes: int, workers: int, least: int) -> int:
+    """Return the bytes that are worth a task of a cluster.
+
+    While the scheduler hands out a task each of the other threads works: with twice the threads, a
+    task has to be twice as large for the scheduler to keep up. But all threads must have some.
+
+    Parameters
+    ----------
+    total_bytes : int
+        Of the stage.
+    workers : int
+        Threads of all processes.
+    least : int
+        Bytes that are worth a task of a thread.
+
+    Examples
+    --------
+    >>> cluster_task_bytes(1600 << 30, 16, 8 << 20) >> 20
+    549
+    >>> cluster_task_bytes(16 << 30, 16, 8 << 20) >> 20
+    128
+    """
+    handed_out = int(_WORK_BYTES_PER_S * workers * SCHEDULER_TASK_S / SCHEDULER_SHARE)
+    shared_out = total_bytes // (_TASKS_PER_WORKER * workers)
+    return max(least, min(handed_out, shared_out))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a plan may count on: processes alike, each with its threads and its memory.
+
+    Attributes
+    ----------
+    processes : int
+    workers : int
+        Threads of each, wanted or there.
+    workers_fixed : bool
+        Whether the user named that number.
+    reserved_bytes : int
+        What a process holds before the work; the most that any does.
+    memory_limit_bytes : int
+        What each may hold; the least that any may.
+    """
+
+    processes: int
+    workers: int
+    workers_fixed: bool
+    reserved_bytes: int
+    memory_limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tasks may run.
+
+    Attributes
+    ----------
+    cores : int
+        Threads of all processes.
+    gpu_workers : int or None
+        Processes of a cluster that have a device; None where there is no cluster.
+    gpu_cores : int
+        Threads of these.
+    """
+
+    cores: int
+    gpu_workers: int | None = None
+    gpu_cores: int = 0
+
+
+def make_plan(stages: Sequence[StagePlan], capacity: Capacity, *, shared_bytes: int) -> Plan:
     """Choose the number of workers and project the peak.
 
     Parameters
     ----------
     stages : sequence of StagePlan
-    reserved_bytes : int
-        What the process holds before the work.
+    capacity : Capacity
+        If its workers are not fixed, fewer are taken until the projection fits.
     shared_bytes : int
-    memory_limit_bytes : int
-    workers : int
-        Wanted.
-    workers_fixed : bool
-        Whether the user named that number; else it is lowered until the projection fits.
+        What the workers of a process share.
 
     Raises
     ------
@@ -222,30 +293,32 @@ def make_plan(
     Examples
     --------
     >>> stage = StagePlan("write", 10, 0, 0, 100 << 20)
-    >>> plan = make_plan([stage], reserved_bytes=200 << 20, shared_bytes=0,
-    ...     memory_limit_bytes=512 << 20, workers=8, workers_fixed=False)
-    >>> plan.workers
+    >>> here = Capacity(1, 8, False, reserved_bytes=200 << 20, memory_limit_bytes=512 << 20)
+    >>> make_plan([stage], here, shared_bytes=0).workers
     2
     """
     widest = max(stages, key=lambda stage: stage.worker_bytes)
-    fixed = reserved_bytes + SLACK_BYTES + shared_bytes
-    room = memory_limit_bytes - fixed
-    fitting = room // max(1, widest.worker_bytes)
-    if fitting < 1 or (workers_fixed and workers > fitting):
-        wanted = workers if workers_fixed else 1
+    reserved_bytes = capacity.reserved_bytes + SLACK_BYTES
+    fixed = reserved_bytes + shared_bytes
+    fitting = (capacity.memory_limit_bytes - fixed) // max(1, widest.worker_bytes)
+    if fitting < 1 or (capacity.workers_fixed and capacity.workers > fitting):
+        wanted = capacity.workers if capacity.workers_fixed else 1
         raise MemoryLimitError(
             f"stage '{widest.name}' with {wanted} worker(s) needs "
             f"{_mib(fixed + wanted * widest.worker_bytes)} MiB "
-            f"({_mib(reserved_bytes + SLACK_BYTES)} for the process, {_mib(shared_bytes)} shared, "
+            f"({_mib(reserved_bytes)} for the process, {_mib(shared_bytes)} shared, "
             f"{_mib(widest.worker_bytes)} per worker), the memory limit is "
-            f"{_mib(memory_limit_bytes)} MiB; raise --memory-limit"
-            + (" or lower --workers" if workers_fixed and fitting >= 1 else "")
+            f"{_mib(capacity.memory_limit_bytes)} MiB"
+            + (" in each process of the cluster" if capacity.processes > 1 else "")
+            + "; raise --memory-limit"
+            + (" or lower --workers" if capacity.workers_fixed and fitting >= 1 else "")
         )
-    chosen = max(1, min(workers, fitting))
+    chosen = max(1, min(capacity.workers, fitting))
     return Plan(
+        processes=capacity.processes,
         workers=chosen,
-        memory_limit_bytes=memory_limit_bytes,
-        reserved_bytes=reserved_bytes + SLACK_BYTES,
+        memory_limit_bytes=capacity.memory_limit_bytes,
+        reserved_bytes=reserved_bytes,
         shared_bytes=shared_bytes,
         projected_bytes=fixed + chosen * widest.worker_bytes,
         stages=tuple(stages),
@@ -254,3 +327,219 @@ def make_plan(
 
 def _mib(size: int) -> int:
     return -(-size // (1 << 20))
+
+
+# --- devices -----------------------------------------------------------------------------------
+
+DEVICE_TILE_COLUMNS = 1 << 16
+"""Most columns of D that a device makes at a time where it needs all rows of them."""
+
+DEVICE_MIN_ELEMENTS = 2 * DEVICE_TILE_COLUMNS
+"""Blocks of fewer elements are not worth a device.
+
+From here on a block has at least two tiles, so that one that must be cut is cut between tiles and
+its sums keep their bits.
+"""
+
+DEVICE_SCRATCH_BYTES = 256 << 20
+"""Room for those columns of D, and for making them."""
+
+DEVICE_OUTPUT_ROWS = 16
+DEVICE_OUTPUT_COLUMNS = 1 << 18
+"""Rows and columns of D that a device makes at a time for weighted sums.
+
+They are summed row by row, so many rows are many small operations: few columns would make them
+many more.
+"""
+
+DEVICE_LIBRARY_BYTES = 48 << 20
+"""Of a worker, for cuBLAS (32 MiB on Hopper, 8 elsewhere, by torch's defaults) and rounding up."""
+
+_CHANGES_BYTES = 17
+"""Per element of D while it is made: the patterns, their signs (then D), which are not finite."""
+
+
+def device_tile_columns(rows: int) -> int:
+    """Return how many columns of D a device makes at a time, with all `rows` of them.
+
+    A power of two, and the same for every block: what is summed tile by tile has the same bits
+    however a block is cut between tiles.
+
+    Examples
+    --------
+    >>> device_tile_columns(50), device_tile_columns(10_000)
+    (65536, 1024)
+    """
+    fitting = max(1, DEVICE_SCRATCH_BYTES // (_CHANGES_BYTES * (rows + 1)))
+    return min(DEVICE_TILE_COLUMNS, max(64, 1 << fitting.bit_length() - 1))
+
+
+def device_block_bytes(
+    elements: int,
+    rows: int,
+    itemsize: int,
+    base_itemsize: int,
+    *,
+    basis: int = 0,
+    gram: bool = False,
+    outputs: int = 0,
+) -> int:
+    """Count what one block takes of a device's memory at most.
+
+    Parameters
+    ----------
+    elements, rows : int
+        b and T.
+    itemsize, base_itemsize : int
+        Bytes of a weight of the checkpoints and of the base.
+    basis, gram, outputs
+        What is made of it, any of them: columns of C, the Gram matrix, outputs written.
+    """
+    differences = (rows + 1) * elements * itemsize
+    # A run that arrives: positions and codes, row numbers and counts; then index, and twice row
+    # offsets, or differences with their signs and, later, in their own width.
+    needs = [elements * (4 + itemsize + 4 * 8) + 16 * rows]
+    # Ordered patterns before the first row, with what they are made from, and after the last.
+    states = 3 * 8
+    if basis or gram:
+        tile = min(elements, device_tile_columns(rows))
+        made = (_CHANGES_BYTES * (rows + 1) + states) * tile
+        # P of the tile; C, the sum, and what is added to it.
+        needs.append(made + 8 * basis * tile + 3 * 8 * rows * basis)
+        needs.append(made + 2 * 8 * rows * rows if gram else 0)
+    if outputs:
+        tile = min(elements, DEVICE_OUTPUT_COLUMNS)
+        made = _CHANGES_BYTES * (min(rows, DEVICE_OUTPUT_ROWS) + 1) + states
+        # The base; the sums with a term of each and D, or with rounded patterns and, an output at
+        # a time, what rounding takes: 8 numbers and 3 marks.
+        summing = (2 * 8 * outputs + made) * tile
+        rounding = ((8 + base_itemsize) * outputs + 8 * 8 + 3) * tile
+        held = elements * base_itemsize + 8 * rows * outputs
+        needs.append(held + max(summing, rounding))
+    return differences + max(needs) + DEVICE_LIBRARY_BYTES
+
+
+def device_staging_bytes(elements: int, itemsize: int, base_itemsize: int, outputs: int) -> int:
+    """Count the page-locked host memory of a worker that uses a device.
+
+    Two buffers for a run of changes (or the base's patterns, which take less), and one for a
+    tile's outputs. torch rounds each up to a power of two.
+    """
+    going = elements * (4 + itemsize) + 4096
+    coming = min(elements, DEVICE_OUTPUT_COLUMNS) * base_itemsize * outputs
+    return 2 * (1 << going.bit_length()) + (1 << coming.bit_length())
+
+
+def device_slots(limit_bytes: int, block_bytes: int, workers: int, devices: int) -> int:
+    """Return how many blocks may be on a device at a time, at least one.
+
+    As many as `limit_bytes` holds of `block_bytes` each, but no more than its share of `workers`.
+
+    Examples
+    --------
+    >>> device_slots(8 << 30, 1 << 30, workers=6, devices=2)
+    3
+    """
+    return max(1, min(limit_bytes // max(1, block_bytes), -(-workers // devices)))
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """An extrapolation, as far as it decides whether devices pay.
+
+    Attributes
+    ----------
+    elements, changes : int
+        Weights of all blocks that changed, and their changes in all rows: of one pass.
+    rows : int
+    itemsize, base_itemsize : int
+        Bytes of a weight of the checkpoints and of the base.
+    basis : int
+        Columns of the basis of the randomized route; 0 for the exact one.
+    passes : int
+        Statistics passes.
+    outputs : int
+    """
+
+    elements: int
+    changes: int
+    rows: int
+    itemsize: int
+    base_itemsize: int
+    basis: int
+    passes: int
+    outputs: int
+
+
+# Nanoseconds on one core, fitted to single-threaded timings of the compiled kernels on an AMD EPYC
+# virtual machine: the best of 7 calls each of `FrameCodec.decode_frames`, `sweep_products` (k = 1,
+# 8, 16, 32), `sweep_outputs` (1, 4, 8 outputs) and `advance_rows` with `add_gram`, on blocks of 1
+# Mi BF16 weights x 50 steps with 0.5 % changes and of 512 Ki F32 weights x 16 and 48 steps that
+# all change. They are within 30 % of each timing, but for 4 outputs (padded to no whole vector).
+# Decoding dense frames is `FrameCodec.decode` of a block of 512 Ki F32 weights that all change.
+CPU_DECODE_NS = {2: 6.5, 4: 2.7}
+"""Per change, from its frame, by bytes of a weight."""
+CPU_PRODUCT_NS = (1.5, 0.2, 6.0, 0.35)
+"""Per element, per element and column, per change, per change and column."""
+CPU_OUTPUT_NS = (1.9, 2.4, 6.5, 0.3)
+"""The same for outputs."""
+CPU_GRAM_NS = (2.0, 35.0, 1.7, 0.07)
+"""Per element; per change while they are few; per change and per pair of rows if they are many."""
+CPU_STAGING_NS = 0.5
+"""Per change, copied to where a device takes it from."""
+
+# Assumed from data sheets, not yet measured on a device.
+DEVICE_START_S = 4.0
+"""Until the first block: importing torch (1 s), a CUDA context, kernels loaded, memory locked."""
+DEVICE_LINK_BYTES_PER_S = 25e9
+"""PCIe 4.0 x16, of 32 in theory; 5.0 has twice that."""
+DEVICE_MEMORY_BYTES_PER_S = 1e12
+"""A 40 GB A100 has 1.5e12, an H100 3.3e12; short operations reach some of it."""
+DEVICE_FLOPS = 1e12
+"""In float64: cards for games have 1e12 or less, an A100 19e12, an H100 67e12."""
+DEVICE_DENSE_BYTES = 240
+"""Read and written per element and row by the operations that make D and use it, one by one."""
+
+
+def projected_cpu_s(work: DeviceWork, cores: int) -> float:
+    """Return how long an extrapolation takes on `cores` cores, by a model: seconds."""
+    element, element_column, change, change_column = CPU_OUTPUT_NS
+    outputs = work.elements * (element + element_column * work.outputs)
+    outputs += work.changes * (change + change_column * work.outputs)
+    decoding = (work.passes + 1) * work.changes * CPU_DECODE_NS[work.itemsize]
+    return 1e-9 * (decoding + work.passes * _cpu_pass_ns(work) + outputs) / cores
+
+
+def _cpu_pass_ns(work: DeviceWork) -> float:
+    if work.basis:
+        element, element_column, change, change_column = CPU_PRODUCT_NS
+        return work.elements * (element + element_column * work.basis) + work.changes * (
+            change + change_column * work.basis
+        )
+    element, few, many, pair = CPU_GRAM_NS
+    sparse = work.changes * few
+    dense = work.changes * many + work.elements * work.rows**2 * pair
+    return work.elements * element + min(sparse, dense)
+
+
+def projected_device_s(work: DeviceWork, cores: int, devices: int) -> float:
+    """Return how long an extrapolation takes with `devices`, by a model: seconds, start included.
+
+    Frames are decoded by the cores as ever, while devices work on what was decoded before:
+    whichever takes longer counts. That bounds what a device can gain where changes are many:
+    decoding them is a quarter of what the CPU alone takes.
+    """
+    passes = work.passes + 1
+    per_change = CPU_DECODE_NS[work.itemsize] + CPU_STAGING_NS
+    host_s = 1e-9 * passes * work.changes * per_change / cores
+    moved = passes * (work.changes * (4 + work.itemsize) + work.elements * work.itemsize)
+    moved += work.elements * work.base_itemsize * (1 + work.outputs)
+    dense = work.elements * work.rows
+    touched = dense * (DEVICE_DENSE_BYTES * passes + 24 * work.outputs)
+    operations = dense * 2 * (work.passes * (2 * work.basis or work.rows) + work.outputs)
+    device_s = (
+        moved / DEVICE_LINK_BYTES_PER_S
+        + touched / DEVICE_MEMORY_BYTES_PER_S
+        + operations / DEVICE_FLOPS
+    ) / devices
+    return DEVICE_START_S + max(host_s, device_s)

@@ -6,6 +6,7 @@ Nothing here opens a file or does arithmetic on weights; everything can be pickl
 from __future__ import annotations
 
 import math
+import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -121,6 +122,11 @@ class SourceCheckpoint:
         """Bytes of all weights files."""
         return sum(file.size for file in self.weights_files)
 
+    @property
+    def weights_paths(self) -> list[str]:
+        """Paths of all weights files."""
+        return [posixpath.join(self.directory, file.relative_path) for file in self.weights_files]
+
 
 def joined_pieces(pieces: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
     """Join pieces of files, each (path, offset, bytes), that follow each other there and here.
@@ -143,6 +149,9 @@ def joined_pieces(pieces: Iterable[tuple[str, int, int]]) -> list[tuple[str, int
 class Progress(Protocol):
     """What long work tells its caller; called from the thread that started the work only."""
 
+    def note(self, text: str) -> None:
+        """Say something that is not progress: one line."""
+
     def start(self, stage: str, total_bytes: int) -> None:
         """Begin a stage that will handle `total_bytes`; 0 where there are none to count."""
 
@@ -155,6 +164,9 @@ class Progress(Protocol):
 
 class NoProgress:
     """A `Progress` that says nothing."""
+
+    def note(self, text: str) -> None:
+        """Ignore."""
 
     def start(self, stage: str, total_bytes: int) -> None:
         """Ignore."""

@@ -6,7 +6,6 @@ the others, and all of them when asked, the exact route in one pass. Both are su
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from relex_stream import planner
 from relex_stream.base_weights import BaseWeights
 from relex_stream.block_reader import BlockReader, fetch_blocks
-from relex_stream.blocks import BlockOf, Blocks, Workspace, float_formats, work_on_strips
-from relex_stream.graph import Fetcher, Group, grouped, map_in_threads, run_groups
+from relex_stream.blocks import BlockOf, Blocks, Workspace, work_on_strips
+from relex_stream.graph import Executor, Fetcher, Group, Stage, grouped
+from relex_stream.offload import Offload, kind_for
 from relex_stream.sketch import (
     OVERSAMPLING,
     Subspace,
@@ -37,7 +37,7 @@ from relex_stream.sketch import (
     unpack_sketch,
 )
 from relex_stream.specs import Progress
-from relex_stream.store import Store
+from relex_stream.store import SketchReader, Store
 from relex_stream.store.records import StoredTensor
 from relex_stream.sweep import TILE_COLUMNS, sweep_products
 
@@ -54,6 +54,14 @@ class SubspaceOptions:
     rank: int
     svd: str
     power_iterations: int
+
+    def is_exact(self, tensor: StoredTensor) -> bool:
+        """Say whether a tensor takes the exact route."""
+        return self.svd == "exact" or tensor.sketch_row < 0
+
+    def passes(self, tensor: StoredTensor) -> int:
+        """Return how often a tensor's blocks are gone through."""
+        return 1 if self.is_exact(tensor) else self.power_iterations
 
 
 def basis_columns(options: SubspaceOptions) -> int:
@@ -76,8 +84,8 @@ def split_routes(
     tensors: Sequence[StoredTensor], options: SubspaceOptions
 ) -> tuple[list[StoredTensor], list[StoredTensor]]:
     """Split tensors into those for the exact and those for the randomized route."""
-    exact = [t for t in tensors if options.svd == "exact" or t.sketch_row < 0]
-    randomized = [t for t in tensors if options.svd != "exact" and t.sketch_row >= 0]
+    exact = [tensor for tensor in tensors if options.is_exact(tensor)]
+    randomized = [tensor for tensor in tensors if not options.is_exact(tensor)]
     return exact, randomized
 
 
@@ -115,8 +123,15 @@ class BlockTotals:
         return at.elements * at.tensor.base_itemsize + _CHANGE_WORK * self.changes[at.column]
 
 
-class _BlockSums:
-    """What one pass computes per block; safe to call from several threads."""
+class Statistics(Stage[tuple[BlockOf, ...], "Float64 | Subspace", Float64]):
+    """Passes over the blocks of tensors: from sketches, or from nothing, to subspaces.
+
+    A group is a tensor. Its value is the basis of the next pass, and in the end the subspace; one
+    that takes the exact route has none before that.
+    """
+
+    begins = True
+    fetches = True
 
     def __init__(
         self,
@@ -124,41 +139,88 @@ class _BlockSums:
         base: BaseWeights,
         options: SubspaceOptions,
         entry_capacity: int,
-        bases: dict[Hashable, Float64],
+        offload: Offload | None = None,
     ) -> None:
+        super().__init__()
         self._store = store
         self._base = base
+        self._options = options
         self._rows = options.rows
         self._entry_capacity = entry_capacity
-        self._weights = {key: cumulate_transposed(basis) for key, basis in bases.items()}
-        self._local = threading.local()
+        self._offload = offload
+        self.device_share = offload.share if offload is not None else 0.0
+        self._sketches = SketchReader(store, options.rows)
 
-    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[Float64]:
+    def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
+        """As in `Stage`."""
+        fetch_blocks(self._store, self._base, self._rows, tasks)
+
+    def begin(self, groups: Sequence[Group[Any, Any]]) -> list[Float64 | Subspace | None]:
+        """Return the basis that each tensor's sketch gives; None for the exact route."""
+        tensors = self._store.manifest.tensors
+        return [self._basis(tensors[group.key]) for group in groups]
+
+    def _basis(self, tensor: StoredTensor) -> Float64 | None:
+        if self._options.is_exact(tensor):
+            return None
+        return sketch_basis(unpack_sketch(*self._sketches.read(tensor)), self._options.rank)
+
+    def combine(self, partials: list[Float64]) -> Float64:
+        """Add up."""
+        return _added(partials)
+
+    def finish(
+        self, key: Hashable, value: Float64 | Subspace | None, total: Float64, *, last: bool
+    ) -> Float64 | Subspace:
+        """Return the subspace or, while passes are left, the next basis."""
+        if value is None:
+            return subspace_of_gram(total, self._options.rank)
+        assert isinstance(value, np.ndarray)
+        products = products_of_changes(total)
+        if last:
+            return subspace_of_products(value, products, self._options.rank)
+        return next_basis(products)
+
+    def work(
+        self,
+        tasks: Sequence[tuple[BlockOf, ...]],
+        values: Sequence[Float64 | Subspace | None],
+    ) -> list[Float64]:
         """Return each task's share of its tensor's ``D P`` (T, k), or of ``D D^T`` (T, T)."""
-        if not hasattr(self._local, "workspace"):
-            self._local.workspace = Workspace()
-        workspace: Workspace = self._local.workspace
+        workspace = self.of_thread(Workspace)
         reader = BlockReader(self._store, self._base, workspace, self._entry_capacity)
+        # P = M^T Q = D^T (L^T Q).
+        weights = {
+            task[0].tensor.index: cumulate_transposed(value)
+            for task, value in zip(tasks, values, strict=True)
+            if isinstance(value, np.ndarray)
+        }
 
         def shares(at: Blocks) -> list[Float64]:
-            weights = self._weights.get(at.blocks[0].tensor.index)
-            if weights is None:
+            of_tensor = weights.get(at.blocks[0].tensor.index)
+            if of_tensor is None:
                 return self._grams(reader, at, workspace)
-            return [self._products(reader, at, workspace, weights)]
+            return [self._products(reader, at, workspace, of_tensor)]
 
-        return [_added(parts) for parts in work_on_strips(tasks, self._kind_of, shares)]
+        def kind_of(at: BlockOf) -> Hashable:
+            # A product is summed in the order of the tiles, which must not depend on what lies
+            # beside.
+            return None if at.tensor.index in weights else kind_for(self._offload, at)
 
-    def _kind_of(self, at: BlockOf) -> Hashable:
-        # A product is summed in the order of the tiles, which must not depend on what lies beside.
-        return None if at.tensor.index in self._weights else float_formats(at)
+        return [_added(parts) for parts in work_on_strips(tasks, kind_of, shares)]
 
     def _products(
         self, reader: BlockReader, at: Blocks, workspace: Workspace, weights: Float64
     ) -> Float64:
+        base_bits = reader.base_bits(at)
+        if self._offload is not None:
+            found = self._offload.products(reader, at, base_bits, self._rows, weights)
+            if found is not None:
+                return found
         total = np.zeros(weights.shape)
-        changes = reader.change_rows(at, reader.base_bits(at), self._rows)
-        # P = M^T Q = D^T (L^T Q). float32: an element's sum over steps carries a few 1e-7, which
-        # average out over the block's elements in D P, taken in float64.
+        changes = reader.change_rows(at, base_bits, self._rows)
+        # P in float32: an element's sum over steps carries a few 1e-7, which average out over the
+        # block's elements in D P, taken in float64.
         columns = min(TILE_COLUMNS, at.elements) if changes.fits else at.elements
         projected = workspace.array("projected", (columns, weights.shape[1]), np.float32)
         if changes.fits:
@@ -175,8 +237,13 @@ class _BlockSums:
         if len(at.blocks) > 1 and reader.entries(at, self._rows) > self._entry_capacity:
             # Each tile would be a sweep of all; a block by itself is one of its own at most.
             return [gram for block in at.blocks for gram in self._grams(reader, block, workspace)]
+        base_bits = reader.base_bits(at)
+        if self._offload is not None:
+            found = self._offload.gram(reader, at, base_bits, self._rows)
+            if found is not None:
+                return [found]
         totals = [np.zeros((self._rows, self._rows)) for _ in at.blocks]
-        changes = reader.change_rows(at, reader.base_bits(at), self._rows)
+        changes = reader.change_rows(at, base_bits, self._rows)
         # Needs all rows of a column at once: where they do not fit, each tile is a sweep.
         for tile in changes.tiles(planner.gram_columns(self._rows)):
             if changes.fits:
@@ -201,21 +268,25 @@ def _added(parts: list[Float64]) -> Float64:
 
 
 def _block_groups(
-    store: Store, base: BaseWeights, tensors: Sequence[StoredTensor], rows: int
-) -> list[Group[tuple[BlockOf, ...]]]:
-    totals = BlockTotals.of(store, rows)
+    store: Store, base: BaseWeights, options: SubspaceOptions
+) -> list[Group[tuple[BlockOf, ...], Float64 | Subspace]]:
+    totals = BlockTotals.of(store, options.rows)
+    tensors = store.manifest.tensors
     return grouped(
-        (tensor.index, totals.changed_blocks(tensor), totals.work)
-        for tensor in base.in_file_order(tensors)
+        (
+            (tensor.index, totals.changed_blocks(tensor), totals.work)
+            for tensor in base.in_file_order(changed_tensors(store, options.rows))
+        ),
+        passes=lambda index: options.passes(tensors[index]),
     )
 
 
 def fetching_first_blocks(
-    store: Store, base: BaseWeights, rows: int
+    store: Store, base: BaseWeights, options: SubspaceOptions
 ) -> AbstractContextManager[Any]:
     """Return a context in which the system is asked for what `solve_subspaces` will read first."""
-    groups = _block_groups(store, base, changed_tensors(store, rows), rows)
-    return Fetcher(groups, partial(fetch_blocks, store, base, rows))
+    groups = _block_groups(store, base, options)
+    return Fetcher(groups, partial(fetch_blocks, store, base, options.rows))
 
 
 def solve_subspaces(
@@ -223,76 +294,39 @@ def solve_subspaces(
     base: BaseWeights,
     options: SubspaceOptions,
     *,
-    entry_capacity: int,
+    executor: Executor,
     workers: int,
     progress: Progress,
+    entry_capacity: int,
+    offload: Offload | None = None,
 ) -> dict[str, Subspace]:
-    """Return the top left singular vectors of every tensor that changed, by name.
+    """Return the subspace of every tensor that changed in the first rows.
 
     Parameters
     ----------
-    store, base : Store, BaseWeights
+    store : Store
+    base : BaseWeights
     options : SubspaceOptions
+    executor : Executor
+    workers : int
+        Of each process.
+    progress : Progress
     entry_capacity : int
         Changes of a block kept between sweeps.
-    workers : int
-    progress : Progress
+    offload : Offload, optional
+        Devices that work on blocks instead of the CPU.
 
     Notes
     -----
     The store and the base are read once per pass: once for the exact route, once per power
     iteration for the randomized one.
     """
-    exact, randomized = split_routes(changed_tensors(store, options.rows), options)
-    bases: dict[Hashable, Float64] = dict(
-        map_in_threads(
-            partial(_basis, options.rank), store.sketch_rows(randomized, options.rows), workers
-        )
+    results: dict[int, Subspace] = executor.run(
+        Statistics(store, base, options, entry_capacity, offload),
+        _block_groups(store, base, options),
+        workers=workers,
+        name="statistics",
+        progress=progress,
     )
-    results: dict[Hashable, Subspace | Float64] = {}
-    for iteration in range(options.power_iterations if randomized else min(1, len(exact))):
-        tensors = randomized + (exact if iteration == 0 else [])
-        groups = _block_groups(store, base, tensors, options.rows)
-        finish = _Finish(bases, options.rank, last=iteration == options.power_iterations - 1)
-        results |= run_groups(
-            groups,
-            _BlockSums(store, base, options, entry_capacity, bases).run,
-            _added,
-            finish,
-            workers=workers,
-            stage=f"statistics, pass {iteration + 1}",
-            progress=progress,
-            fetch=partial(fetch_blocks, store, base, options.rows),
-        )
-        bases = {index: basis for index, basis in results.items() if isinstance(basis, np.ndarray)}
-    names = {tensor.index: tensor.name for tensor in store.manifest.tensors}
-    return {
-        names[index]: subspace
-        for index, subspace in results.items()
-        if isinstance(index, int) and isinstance(subspace, Subspace)
-    }
-
-
-def _basis(
-    rank: int, stored: tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]
-) -> tuple[Hashable, Float64]:
-    tensor, sketch, scale = stored
-    return tensor.index, sketch_basis(unpack_sketch(sketch, scale), rank)
-
-
-class _Finish:
-    """Turns a tensor's sums into its subspace or, while passes are left, into the next basis."""
-
-    def __init__(self, bases: dict[Hashable, Float64], rank: int, *, last: bool) -> None:
-        self._bases = bases
-        self._rank = rank
-        self._last = last
-
-    def __call__(self, index: Hashable, total: Float64) -> Subspace | Float64:
-        basis = self._bases.get(index)
-        if basis is None:
-            return subspace_of_gram(total, self._rank)
-        products = products_of_changes(total)
-        if self._last:
-            return subspace_of_products(basis, products, self._rank)
-        return next_basis(products)
+    tensors = store.manifest.tensors
+    return {tensors[index].name: subspace for index, subspace in results.items()}

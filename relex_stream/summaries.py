@@ -29,20 +29,40 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class DevicePlan:
+    """What is taken of devices, each of which has so many tasks at a time.
+
+    ``projected_bytes = slots * block_bytes``, of the memory of each.
+    """
+
+    names: tuple[str, ...]
+    memory_limit_bytes: int
+    block_bytes: int
+    slots: int
+    projected_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The projection that is printed before work starts and that memory is held to.
 
+    Numbers are of one process; with a cluster there are several of its kind.
     ``reserved_bytes`` is what the process holds before the work (interpreter, libraries),
     ``shared_bytes`` what all workers share (tables, statistics);
     ``projected_bytes = reserved + shared + workers * max(worker_bytes of the stages)``.
     """
 
+    processes: int
     workers: int
     memory_limit_bytes: int
     reserved_bytes: int
     shared_bytes: int
     projected_bytes: int
     stages: tuple[StagePlan, ...]
+    devices: DevicePlan | None = None
+    """None where the CPU works on all blocks."""
+    devices_reason: str = ""
+    """Why these, or why none."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from relex_stream.blocks import (
     work_on_strips,
 )
 from relex_stream.errors import CorruptionError, SourceError
-from relex_stream.graph import grouped, run_groups
+from relex_stream.graph import Stage, Threads, grouped
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import STEP_GROUP, NoProgress, Progress
 from relex_stream.store import Store
@@ -45,28 +44,36 @@ class _Found:
         )
 
 
-class BlockCheck:
-    """Decodes every committed frame of blocks; safe to call from several threads.
+class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
+    """Decodes every committed frame of blocks.
 
     With `base`, also compares the base's weights there with their recorded checksums.
     """
 
+    fetches = True
+
     def __init__(self, store: Store, base: BaseWeights | None) -> None:
+        super().__init__()
         self._store = store
         self._base = base
         self._rows = len(store.steps)
-        self._local = threading.local()
 
-    def run(self, tasks: Sequence[tuple[BlockOf, ...]]) -> list[_Found]:
+    def work(self, tasks: Sequence[tuple[BlockOf, ...]], values: Sequence[None]) -> list[_Found]:
         """Check the blocks of each task; small tensors together, until something is wrong."""
-        if not hasattr(self._local, "workspace"):
-            self._local.workspace = Workspace()
         return [
             _Found.combine(parts) for parts in work_on_strips(tasks, float_formats, self._check)
         ]
 
+    def combine(self, partials: list[_Found]) -> _Found:
+        """Put together what was found."""
+        return _Found.combine(partials)
+
+    def finish(self, key: Hashable, value: None, total: _Found, *, last: bool) -> _Found:
+        """Return what was found in a tensor."""
+        return total
+
     def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
-        """Ask the system for what will be read."""
+        """As in `Stage`."""
         if self._base is not None:
             fetch_blocks(self._store, self._base, self._rows, tasks)
             return
@@ -87,7 +94,7 @@ class BlockCheck:
         if self._base is None:
             return
         try:
-            self._base.read(at, self._local.workspace)
+            self._base.read(at, self.of_thread(Workspace))
         except (SourceError, CorruptionError) as error:
             if len(at.blocks) == 1:
                 found[0].problems.append(str(error))
@@ -100,7 +107,7 @@ class BlockCheck:
             return
         columns = [block.column for block in at.blocks]
         try:
-            for _ in FrameReader(self._store, self._local.workspace).decoded(at, self._rows):
+            for _ in FrameReader(self._store, self.of_thread(Workspace)).decoded(at, self._rows):
                 pass
         except CorruptionError as error:
             before = sum(len(here.problems) for here in found)
@@ -125,7 +132,7 @@ class BlockCheck:
             frame = self._store.read_base_frame(at.tensor, at.block)
             if frame is not None:
                 codec, changes = frame_tools(
-                    self._local.workspace, at.tensor.block_elements, at.tensor.base_itemsize
+                    self.of_thread(Workspace), at.tensor.block_elements, at.tensor.base_itemsize
                 )
                 codec.decode(frame, at.elements, changes)
                 found.frames += 1
@@ -150,7 +157,7 @@ class BlockCheck:
     def _check_rows(self, at: BlockOf, start: int, stop: int, found: _Found) -> None:
         frames = self._store.read_frames(at.tensor, at.block, start, stop)
         for row, frame in frames:
-            decode_committed(self._store, at, row, frame, self._local.workspace)
+            decode_committed(self._store, at, row, frame, self.of_thread(Workspace))
         found.frames += len(frames)
         found.frame_bytes += sum(len(frame) for _, frame in frames)
 
@@ -177,7 +184,7 @@ def verify_store(
     blobs, blob_bytes = _check_blobs(store, list(entries.values()), problems)
     found = _Found()
     if whole:
-        found = _check_frames(store, base, machine.wanted_workers(workers), progress)
+        found = _check_frames(store, base, workers, progress)
     else:
         problems.append("frames were not checked: their lengths are in the damaged records")
     return VerifySummary(
@@ -192,11 +199,14 @@ def verify_store(
     )
 
 
-def _check_frames(store: Store, base: Path | None, workers: int, progress: Progress) -> _Found:
+def _check_frames(
+    store: Store, base: Path | None, workers: int | None, progress: Progress
+) -> _Found:
+    threads = machine.wanted_workers(workers)
     with CheckpointReader() as reader:
         weights = open_base(store, base, reader) if base is not None else None
-        check = BlockCheck(store, weights)
-        results: dict[Hashable, _Found] = run_groups(
+        results: dict[Hashable, _Found] = Threads(threads).run(
+            BlockCheck(store, weights),
             grouped(
                 (
                     tensor.index,
@@ -205,13 +215,9 @@ def _check_frames(store: Store, base: Path | None, workers: int, progress: Progr
                 )
                 for tensor in store.manifest.tensors
             ),
-            check.run,
-            _Found.combine,
-            lambda _, part: part,
-            workers=workers,
-            stage="verify frames",
+            workers=threads,
+            name="verify frames",
             progress=progress,
-            fetch=check.fetch,
         )
     return _Found.combine(list(results.values()))
 

@@ -8,7 +8,7 @@ planner asks what the process holds, and no worker waits for another's compilati
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from relex_stream.sketch import (
     unpack_sketch,
 )
 from relex_stream.specs import Progress
-from relex_stream.store.records import StoredTensor
 from relex_stream.sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.ulp import (
     FORMATS,
@@ -65,26 +64,30 @@ def _is_compiled(function: Any) -> bool:
     return directory is not None and any(Path(directory).glob(f"*.{name}-*.nbi"))
 
 
-def warm_up_encoding(tensors: Iterable[StoredTensor], progress: Progress) -> None:
-    """Prepare what a build of these tensors runs."""
+Pairs = frozenset[tuple[str, str]]
+"""dtype codes of tensors, in the base and in the checkpoints; of `blocks.float_pairs`."""
+
+
+def warm_up_encoding(pairs: Pairs, progress: Progress) -> None:
+    """Prepare what a build of such tensors runs."""
     with _announced(progress, scan_steps):
-        _warm_up_encoding(tensors)
+        _warm_up_encoding(pairs)
 
 
-def warm_up_decoding(tensors: Iterable[StoredTensor], progress: Progress) -> None:
+def warm_up_decoding(pairs: Pairs, progress: Progress) -> None:
     """Prepare what an export, a verification or an opened store runs."""
     with _announced(progress, take_frames):
-        _warm_up_decoding(tensors)
+        _warm_up_decoding(pairs)
 
 
-def warm_up_extrapolation(tensors: Iterable[StoredTensor], progress: Progress) -> None:
+def warm_up_extrapolation(pairs: Pairs, progress: Progress) -> None:
     """Prepare what an extrapolation runs."""
     with _announced(progress, sweep_products):
-        _warm_up_extrapolation(tensors)
+        _warm_up_extrapolation(pairs)
 
 
-def _warm_up_encoding(tensors: Iterable[StoredTensor]) -> None:
-    for fmt in _formats(tensors):
+def _warm_up_encoding(pairs: Pairs) -> None:
+    for fmt in _formats(pairs):
         before, after, changes = _round_trip(fmt)
         buffers = scan_buffers(FrameCodec(_ELEMENTS, fmt.itemsize), changes)
         none, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -93,15 +96,14 @@ def _warm_up_encoding(tensors: Iterable[StoredTensor]) -> None:
         scan_steps(*nowhere, 0, 0, 0, blocks, buffers, scan_tables(0, 0, SKETCH_WIDTH))
 
 
-def _warm_up_decoding(tensors: Iterable[StoredTensor]) -> None:
-    for fmt in _formats(tensors):
+def _warm_up_decoding(pairs: Pairs) -> None:
+    for fmt in _formats(pairs):
         before, _, changes = _round_trip(fmt)
         advance(before, changes.positions, changes.zigzags, changes.count)
 
 
-def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
-    tensors = list(tensors)
-    for fmt in _formats(tensors):
+def _warm_up_extrapolation(pairs: Pairs) -> None:
+    for fmt in _formats(pairs):
         before, _, changes = _round_trip(fmt)
         block = BlockRows(
             origin=before,
@@ -116,11 +118,11 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
         advance_rows(block.origin, *block[3:7], fmt.tag, block.values)
         one = np.ones((1, 1))
         sweep_products(block, one, np.zeros((_ELEMENTS, 1), np.float32), np.zeros((1, 1)))
-        for base_fmt in {FORMATS[t.base_dtype.code] for t in tensors if t.dtype.code == fmt.code}:
+        for base_fmt in {FORMATS[base] for base, code in pairs if code == fmt.code}:
             base = np.zeros(_ELEMENTS, base_fmt.bits_dtype)
             out = np.zeros((1, _ELEMENTS), base_fmt.bits_dtype)
             sweep_outputs(block, one, base, base_fmt.tag, np.zeros((_ELEMENTS, 1)), out)
-    for code in {tensor.base_dtype.code for tensor in tensors if tensor.kind == "tracked"}:
+    for code in {base for base, _ in pairs}:
         bits = np.zeros(_ELEMENTS, FORMATS[code].bits_dtype)
         add_rounded(bits, np.ones((_ELEMENTS, 1))[:, 0], FORMATS[code], bits)
     # One row is sparse enough for the pairs of the Gram matrix, one is not.
@@ -144,9 +146,8 @@ def _warm_up_extrapolation(tensors: Iterable[StoredTensor]) -> None:
     unpack_sketch(np.zeros((1, 1), np.float16), np.zeros(1, np.float32))
 
 
-def _formats(tensors: Iterable[StoredTensor]) -> list[FloatFormat]:
-    codes = {tensor.dtype.code for tensor in tensors if tensor.kind == "tracked"}
-    return [FORMATS[code] for code in sorted(codes)]
+def _formats(pairs: Pairs) -> list[FloatFormat]:
+    return [FORMATS[code] for code in sorted({code for _, code in pairs})]
 
 
 def _round_trip(fmt: FloatFormat) -> tuple[np.ndarray, np.ndarray, Changes]:

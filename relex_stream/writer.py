@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -25,8 +27,99 @@ from relex_stream.paths import check_relative_path
 MARKER = "relex_stream.json"
 """A file in an output that lists, under ``"files"``, every file this package wrote there."""
 
+_LOCK_NAME = "LOCK"
+
 _WORTH_STARTING_BYTES = 256 << 10
 """Of a write that the disk is told to begin with: small ones are better put together."""
+
+
+class Filler:
+    """Writes blocks into the files of an output, from anywhere that sees its directory.
+
+    May be used from several threads, and pickled.
+
+    Parameters
+    ----------
+    directory : Path
+        Where the files are for now.
+    path : Path
+        The output's name, for messages.
+    sizes : dict
+        Bytes of each file, by relative path.
+
+    Attributes
+    ----------
+    directory : Path
+    """
+
+    def __init__(self, directory: Path, path: Path, sizes: dict[str, int]) -> None:
+        self.directory = directory
+        self._path = path
+        self._sizes = sizes
+        self._local = threading.local()
+
+    def __getstate__(self) -> tuple[Path, Path, dict[str, int]]:
+        return self.directory, self._path, self._sizes
+
+    def __setstate__(self, state: tuple[Path, Path, dict[str, int]]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def write(self, relative_path: str, offset: int, data: memoryview | bytes) -> None:
+        """Write `data` at `offset`; every byte once.
+
+        Raises
+        ------
+        OutputError
+            If the disk fails, or the output is no longer being made.
+        """
+        view = memoryview(data).cast("B")
+        size = len(view)
+        if offset < 0 or offset + size > self._sizes[relative_path]:
+            raise AssertionError(f"write outside {relative_path}")
+        with naming(f"writing {relative_path} of {self._path}"):
+            descriptor = os.open(self.directory / relative_path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                start = offset
+                while view:
+                    count = os.pwrite(descriptor, view, offset)
+                    view = view[count:]
+                    offset += count
+                if size >= _WORTH_STARTING_BYTES:
+                    start_writing(descriptor, start, size)
+            finally:
+                os.close(descriptor)
+        self._written[relative_path] += size
+
+    @property
+    def _written(self) -> Counter[str]:
+        written: Counter[str] | None = getattr(self._local, "written", None)
+        if written is None:
+            written = self._local.written = Counter()
+        return written
+
+    def take_written(self) -> Counter[str]:
+        """Return the bytes that this thread wrote since it last asked, by file."""
+        written, self._local.written = self._written, Counter()
+        self._local.unsynced = getattr(self._local, "unsynced", set()) | set(written)
+        return written
+
+    def sync(self) -> None:
+        """Put on the disk what this thread wrote before it last called `take_written`."""
+        for relative_path in sorted(getattr(self._local, "unsynced", ())):
+            with naming(f"writing {relative_path} of {self._path}"):
+                _sync(self.directory / relative_path)
+        self._local.unsynced = set()
+
+
+@contextmanager
+def naming(doing: str) -> Iterator[None]:
+    """Return a context in which an error of the disk becomes one that says what was being done."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{doing} failed: {error.strerror or error}") from error
 
 
 class OutputDirectory:
@@ -52,9 +145,12 @@ class OutputDirectory:
         self.path = path.parent.resolve() / path.name if path.name else path.resolve()
         self.overwrite = overwrite
         self._partial = self.path.with_name(f".{self.path.name}.relex-partial")
+        # Of this run alone: a task of one that was given up may still be writing somewhere.
+        self._directory = self._partial / uuid.uuid4().hex[:12]
         self._retired = self.path.with_name(f".{self.path.name}.relex-old")
         self._sizes: dict[str, int] = {}
         self._written: dict[str, int] = {}
+        self._filler = Filler(self._directory, self.path, self._sizes)
         self._lock = threading.Lock()
         self._lock_descriptor = -1
         self._done = False
@@ -105,7 +201,7 @@ class OutputDirectory:
                 )
 
     def __enter__(self) -> Self:
-        with self._naming(f"preparing {self.path}"):
+        with naming(f"preparing {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.mkdir(exist_ok=True)
             self._take_lock()
@@ -113,20 +209,13 @@ class OutputDirectory:
                 self._bring_back()
                 self._check_free()
                 for entry in self._partial.iterdir():
-                    _remove(entry)
+                    if entry.name != _LOCK_NAME:
+                        _remove(entry)
+                self._directory.mkdir()
             except BaseException:
                 self._give_up()
                 raise
         return self
-
-    @contextmanager
-    def _naming(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{doing} failed: {error.strerror or error}") from error
 
     def _bring_back(self) -> None:
         # A run ended between its two renames; what it would have replaced comes back.
@@ -138,14 +227,19 @@ class OutputDirectory:
         os.close(self._lock_descriptor)
 
     def _take_lock(self) -> None:
-        self._lock_descriptor = os.open(self._partial, os.O_RDONLY | os.O_CLOEXEC)
+        # A file, and open for writing: network file systems lock nothing else for other machines.
+        place = self._partial / _LOCK_NAME
+        self._lock_descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock_descriptor)
             raise OutputError(
                 f"another process is writing {self.path}; wait for it or end it"
             ) from error
+        except OSError:
+            os.close(self._lock_descriptor)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._done:
@@ -161,37 +255,32 @@ class OutputDirectory:
     def preallocate(self, relative_path: str, size: int) -> None:
         """Make a file of `size` bytes to be filled by `write`."""
         with (
-            self._naming(f"making {relative_path} of {self.path}"),
+            naming(f"making {relative_path} of {self.path}"),
             self._place(relative_path).open("wb") as file,
         ):
             file.truncate(size)
         self._sizes[relative_path] = size
         self._written[relative_path] = 0
 
+    @property
+    def filler(self) -> Filler:
+        """What blocks are written with; tell `add_written` what it says they were."""
+        return self._filler
+
+    def add_written(self, written: Mapping[str, int]) -> None:
+        """Take note of bytes that were written by a `Filler`, by file."""
+        with self._lock:
+            for relative_path, size in written.items():
+                self._written[relative_path] += size
+
     def write(self, relative_path: str, offset: int, data: memoryview | bytes) -> None:
         """Write `data` at `offset`; from any thread, every byte once."""
-        view = memoryview(data).cast("B")
-        size = len(view)
-        if offset < 0 or offset + size > self._sizes[relative_path]:
-            raise AssertionError(f"write outside {relative_path}")
-        with self._naming(f"writing {relative_path} of {self.path}"):
-            descriptor = os.open(self._partial / relative_path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                start = offset
-                while view:
-                    count = os.pwrite(descriptor, view, offset)
-                    view = view[count:]
-                    offset += count
-                if size >= _WORTH_STARTING_BYTES:
-                    start_writing(descriptor, start, size)
-            finally:
-                os.close(descriptor)
-        with self._lock:
-            self._written[relative_path] += size
+        self._filler.write(relative_path, offset, data)
+        self.add_written(self._filler.take_written())
 
     def write_file(self, relative_path: str, data: bytes) -> None:
         """Write a small file whole."""
-        with self._naming(f"writing {relative_path} of {self.path}"):
+        with naming(f"writing {relative_path} of {self.path}"):
             self._place(relative_path).write_bytes(data)
         self._sizes[relative_path] = self._written[relative_path] = len(data)
 
@@ -200,7 +289,7 @@ class OutputDirectory:
             check_relative_path(relative_path)
         except ValueError as error:
             raise OutputError(f"{relative_path!r} is no path inside the output: {error}") from error
-        path = self._partial / relative_path
+        path = self._directory / relative_path
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -215,8 +304,8 @@ class OutputDirectory:
         for name in sorted(self._sizes):
             digest = hashlib.sha256()
             with (
-                self._naming(f"reading {name} of {self.path} back"),
-                (self._partial / name).open("rb", buffering=0) as file,
+                naming(f"reading {name} of {self.path} back"),
+                (self._directory / name).open("rb", buffering=0) as file,
             ):
                 while block := file.read(1 << 20):
                     digest.update(block)
@@ -237,20 +326,21 @@ class OutputDirectory:
         for name, size in self._sizes.items():
             if self._written[name] != size:
                 raise AssertionError(f"{name}: {self._written[name]} of {size} bytes were written")
-        with self._naming(f"finishing {self.path}"):
+        with naming(f"finishing {self.path}"):
             for name in self._sizes:
-                _sync(self._partial / name)
-            for directory in [p for p in self._partial.rglob("*") if p.is_dir()]:
+                _sync(self._directory / name)
+            for directory in [p for p in self._directory.rglob("*") if p.is_dir()]:
                 _sync(directory)
-            _sync(self._partial)
+            _sync(self._directory)
             # Something may have come there since the check on entering.
             self._check_free()
             if os.path.lexists(self.path):
                 _remove(self._retired)
                 os.rename(self.path, self._retired)
-            os.rename(self._partial, self.path)
+            os.rename(self._directory, self.path)
             self._done = True
             _sync(self.path.parent)
+            _remove(self._partial)
             _remove(self._retired)
 
 

@@ -18,6 +18,7 @@ import relex_stream as rs
 from relex_stream import extrapolation
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
+from relex_stream.graph import Threads
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import BLOCK_BYTES, NoProgress
 from relex_stream.store import Store
@@ -114,9 +115,10 @@ def change_weights(
             store,
             open_base(store, None, reader),
             request.options,
-            entry_capacity=entry_capacity,
+            executor=Threads(),
             workers=2,
             progress=NoProgress(),
+            entry_capacity=entry_capacity,
         )
     weights = extrapolation._weights(store, request, subspaces)
     return {

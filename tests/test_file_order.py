@@ -12,7 +12,7 @@ import pytest
 import relex_stream as rs
 from relex_stream import ingest
 from relex_stream.sources import CheckpointReader, safetensors_file
-from relex_stream.writer import OutputDirectory
+from relex_stream.writer import Filler
 from tests.make_checkpoints import Trajectory, make_trajectory
 from tests.make_stores import build_store
 
@@ -127,12 +127,12 @@ def test_export_writes_from_front_to_back(
 def _spy_on_writes(monkeypatch: pytest.MonkeyPatch) -> Places:
     """Return the places of blocks, in the order written; headers are written before all blocks."""
     writes: Places = []
-    write = OutputDirectory.write
+    write = Filler.write
 
     def spy(self, relative_path, offset, data):  # type: ignore[no-untyped-def]
         if offset > 0:
             writes.append((relative_path, offset))
         return write(self, relative_path, offset, data)
 
-    monkeypatch.setattr(OutputDirectory, "write", spy)
+    monkeypatch.setattr(Filler, "write", spy)
     return writes

@@ -1,27 +1,31 @@
 from __future__ import annotations
 
+import math
+import pickle
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from itertools import chain
 
+import dask
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
-from relex_stream import graph as graph_module
-from relex_stream.graph import (
+from relex_stream.graph import Group, Stage, Threads, grouped, run_in_order
+from relex_stream.graph import threads as threads_module
+from relex_stream.graph.stages import (
     FAN_IN,
     MAX_TASKS,
     TASK_BYTES,
-    Group,
-    build_graph,
-    grouped,
-    run_groups,
-    run_in_order,
+    Tree,
+    run_here,
+    run_leaves,
 )
+from relex_stream.graph.tasks import build_graph
 from relex_stream.specs import NoProgress
 
 
@@ -36,6 +40,9 @@ class Recorder:
         self.events.append(event)
         self.threads.add(threading.get_ident())
 
+    def note(self, text):
+        self._note("note", text)
+
     def start(self, stage, total_bytes):
         self._note("start", stage, total_bytes)
 
@@ -47,9 +54,16 @@ class Recorder:
 
 
 def groups_of(sizes):
-    """Groups of numbered tasks; sums of floats that show every change of their order."""
+    """Groups of numbered tasks; sums of floats that show every change of their order.
+
+    Each task of several is worth one of dask's.
+    """
     return [
-        Group(f"tensor {g}", tuple((g, i) for i in range(size)), tuple(range(1, size + 1)))
+        Group(
+            f"tensor {g}",
+            tuple((g, i) for i in range(size)),
+            tuple(i + (TASK_BYTES if size > 1 else 1) for i in range(size)),
+        )
         for g, size in enumerate(sizes)
     ]
 
@@ -77,23 +91,39 @@ def assert_same_results(found, expected):
         assert found[key][1].tobytes() == total.tobytes()
 
 
-def each(work):
-    """Return `work` for one task as a function of several."""
-    return lambda tasks: [work(task) for task in tasks]
+class Functions(Stage):
+    """A stage of functions: `work` of one task, `combine`, `finish` of key and total."""
+
+    def __init__(self, work=value_of, combine=add, finish=keep, fetch=None):
+        super().__init__()
+        self._functions = work, combine, finish
+        self._fetch = fetch
+        self.fetches = fetch is not None
+
+    def work(self, tasks, values):
+        return [self._functions[0](task) for task in tasks]
+
+    def combine(self, partials):
+        return self._functions[1](partials)
+
+    def finish(self, key, value, total, *, last):
+        return self._functions[2](key, total)
+
+    def fetch(self, tasks):
+        for task in tasks:
+            self._fetch(task)
 
 
-def run_plainly(groups, work, combine, finish):
-    return run_in_order(groups, each(work), combine, finish)
+def run_plainly(groups, *functions):
+    return run_in_order(Functions(*functions), groups)
 
 
-def run(groups, work=value_of, combine=add, finish=keep, *, workers=2, progress=None):
-    return run_groups(
+def run(groups, *functions, workers=2, progress=None):
+    return Threads().run(
+        Functions(*functions),
         groups,
-        each(work),
-        combine,
-        finish,
         workers=workers,
-        stage="test",
+        name="test",
         progress=progress or NoProgress(),
     )
 
@@ -177,27 +207,28 @@ def test_building_a_graph_computes_nothing():
     def refuse(*_):
         raise AssertionError("computed while building")
 
-    graph, outputs, sizes = build_graph(groups_of([20, 0, 3]), refuse, refuse, refuse)
-    assert Counter(key[0] for key in graph) == {"block": 23, "sum-1": 4, "sum-2": 1, "finish": 2}
-    assert list(outputs.values()) == [("tensor 0",), ("tensor 2",)]
-    assert sum(sizes.values()) == 20 * 21 // 2 + 3 * 4 // 2
+    graph = build_graph(refuse, groups_of([20, 0, 3]), begins=False, task_bytes=1, name="x")
+    kinds = Counter(key[0] for key in graph.tasks)
+    assert kinds == {"x-stage": 1, "x-blocks": 23, "x-sum": 5, "x-finish": 2}
+    assert list(graph.outputs.values()) == [("tensor 0",), ("tensor 2",)]
+    assert sum(graph.nbytes.values()) == 23 * TASK_BYTES + sum(range(20)) + sum(range(3))
 
 
 def test_small_groups_share_a_task():
     many = [Group(f"small {i}", (i,), (TASK_BYTES // 4,)) for i in range(9)]
-    large = [Group("large", (100,), (TASK_BYTES,)), Group("two", (101, 102), (1, 1))]
+    large = [Group("large", (100,), (TASK_BYTES,)), Group("two", (101, 102), (TASK_BYTES, 1))]
     groups = [*many[:3], *large, *many[3:]]
-    parts = (list, sum, lambda key, total: (key, total))
-    _, outputs, sizes = build_graph(groups, *parts)
+    graph = build_graph(None, groups, begins=False, task_bytes=TASK_BYTES, name="x")
     # Three before the large one, then four as worth a task, then the rest.
-    assert [len(keys) for keys in outputs.values()] == [3, 1, 1, 4, 2]
-    assert sum(sizes.values()) == sum(sum(group.task_bytes) for group in groups)
+    assert [len(keys) for keys in graph.outputs.values()] == [3, 1, 1, 4, 2]
+    assert sum(graph.nbytes.values()) == sum(sum(group.task_bytes) for group in groups)
     progress = Recorder()
-    found = run_groups(groups, *parts, workers=2, stage="test", progress=progress)
-    assert found == run_in_order(groups, *parts)
+    parts = (lambda task: task, sum, lambda key, total: (key, total))
+    found = run(groups, *parts, progress=progress)
+    assert found == run_plainly(groups, *parts)
     assert list(found) == [group.key for group in groups]
     assert sum(event[1] for event in progress.events if event[0] == "advance") == sum(
-        sizes.values()
+        graph.nbytes.values()
     )
 
 
@@ -243,7 +274,7 @@ def test_blas_runs_on_one_thread_inside_and_as_before_outside():
         return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"]
 
     before = blas_threads()
-    inside = run([Group("g", (1,), (1,))], blas_threads, None, lambda _, threads: threads)["g"]
+    inside = run([Group("g", (1,), (1,))], blas_threads, add, lambda _, threads: threads)["g"]
     assert set(inside) == {1}
     assert blas_threads() == before
 
@@ -359,15 +390,12 @@ def test_groups_keep_their_order_and_their_own_sizes():
 
 
 def fetched(groups, work, fetch, workers=2):
-    return run_groups(
+    return Threads().run(
+        Functions(work, add, keep, fetch),
         groups,
-        each(work),
-        add,
-        keep,
         workers=workers,
-        stage="test",
+        name="test",
         progress=NoProgress(),
-        fetch=lambda tasks: [fetch(task) for task in tasks],
     )
 
 
@@ -389,26 +417,29 @@ def test_every_task_is_fetched_in_order_on_a_thread_of_its_own():
 
 
 def test_fetching_goes_no_further_ahead_than_it_may(monkeypatch):
-    monkeypatch.setattr(graph_module, "FETCH_BYTES", 100)
+    size = TASK_BYTES
+    monkeypatch.setattr(threads_module, "FETCH_BYTES", 2.5 * size)
     lock, ahead, most = threading.Lock(), 0, 0
-    groups = [Group(f"tensor {g}", tuple((g, i) for i in range(20)), (40,) * 20) for g in range(3)]
+    groups = [
+        Group(f"tensor {g}", tuple((g, i) for i in range(20)), (size,) * 20) for g in range(3)
+    ]
 
     def fetch(_):
         nonlocal ahead, most
         with lock:
-            ahead += 40
+            ahead += size
             most = max(most, ahead)
 
     def work(task):
         nonlocal ahead
         time.sleep(0.001)
         with lock:
-            ahead -= 40
+            ahead -= size
         return value_of(task)
 
     fetched(groups, work, fetch, workers=2)
-    # What is begun when 99 bytes are ahead, and what is done but not yet reported.
-    assert 100 <= most <= 100 + 40
+    # What is begun when two tasks are ahead, and what is done but not yet reported.
+    assert 3 * size <= most <= 3 * size + size
 
 
 def test_fetching_ends_with_the_work_and_when_it_fails():
@@ -423,3 +454,150 @@ def test_fetching_ends_with_the_work_and_when_it_fails():
     with pytest.raises(ValueError, match="first"):
         fetched(groups_of([500]), fail, fetch)
     assert not [t for t in threading.enumerate() if t.name.startswith("relex")]
+
+
+# --- larger tasks, as a cluster has them -------------------------------------------------------
+
+
+class InTurn:
+    """A `StageAt` that notes turns and checks that tasks take no other way to the stage."""
+
+    def __init__(self, stage):
+        self.stage = stage
+        self.turns = []
+
+    @contextmanager
+    def turn(self, key, nbytes):
+        self.turns.append((key, nbytes))
+        yield self.stage
+
+
+class Passes(Functions):
+    """Groups go through several passes; each value depends on the one before and on its place."""
+
+    def __init__(self, begins):
+        super().__init__()
+        self.begins = begins
+
+    def begin(self, groups):
+        return [np.full(3, float(group.given)) for group in groups]
+
+    def work(self, tasks, values):
+        return [
+            value_of(task) * (1 + np.sum(value)) for task, value in zip(tasks, values, strict=True)
+        ]
+
+    def finish(self, key, value, total, *, last):
+        return (key, total + value) if last else np.tanh(total + value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    leaves=st.lists(st.integers(0, 200), max_size=5),
+    task_leaves=st.sampled_from([0.5, 1, 2, 3, 4, 8, 9, 16, 64, 100, 512, 4000]),
+    passes=st.integers(1, 3),
+    begins=st.booleans(),
+)
+def test_larger_tasks_give_the_bits_of_the_plain_loop(leaves, task_leaves, passes, begins):
+    groups = [
+        Group(
+            group.key,
+            group.tasks,
+            group.task_bytes,
+            # Where the stage does not begin, what was given is the value.
+            given=number if begins else np.full(3, float(number)),
+            passes=1 + (passes - 1) * (number % 2),
+        )
+        for number, group in enumerate(groups_of(leaves))
+    ]
+    stage = Passes(begins)
+    if not begins:
+        stage.begin = lambda groups: [group.given for group in groups]
+    expected = run_in_order(stage, groups)
+    at = InTurn(stage)
+    size = int(task_leaves * TASK_BYTES)
+    graph = build_graph(at, groups, begins=begins, task_bytes=size, name="x")
+    results = dask.get(graph.tasks, list(graph.outputs))
+    found = {
+        key: value
+        for keys, some in zip(graph.outputs.values(), results, strict=True)
+        for key, value in zip(keys, some, strict=True)
+    }
+    assert_same_results(found, expected)
+    # Every byte is told of once, by the key that worked on it.
+    assert dict(turn for turn in at.turns if turn[0]) == {
+        key: nbytes for key, nbytes in graph.nbytes.items() if "begin" not in key[0]
+    }
+    assert sum(graph.nbytes.values()) == sum(group.nbytes for group in groups)
+
+
+@given(leaves=st.integers(2, 512), task_leaves=st.floats(0.1, 600))
+def test_tasks_are_as_large_as_asked_for_or_little_less(leaves, task_leaves):
+    group = Group("g", tuple(range(leaves)), (TASK_BYTES,) * leaves)
+    size = max(1, int(task_leaves * TASK_BYTES))
+    graph = build_graph(None, [group], begins=False, task_bytes=size, name="x")
+    sizes = [nbytes for key, nbytes in graph.nbytes.items() if key[0] == "x-blocks"]
+    if task_leaves > leaves:
+        assert not sizes  # one task for all
+        return
+    whole = sizes[:-1]
+    assert len(set(whole)) == 1
+    assert whole[0] <= max(size, TASK_BYTES)
+    assert 2 * whole[0] > size or 2 * whole[0] >= leaves * TASK_BYTES
+
+
+@given(leaves=st.integers(1, 1000))
+def test_few_nodes_of_a_tree_are_alive(leaves):
+    tree = Tree(sum)
+    for leaf in range(leaves):
+        tree.add(leaf)
+        assert sum(map(len, tree._levels)) <= (FAN_IN - 1) * len(tree._levels)
+    assert tree.root() == sum(range(leaves))
+    assert len(tree._levels) <= 2 + math.log(leaves, FAN_IN)
+
+
+def test_work_in_one_task_is_fetched_a_call_ahead():
+    seen = []
+    stage = Functions(
+        lambda task: seen.append(("work", task)) or value_of(task),
+        fetch=lambda task: seen.append(("fetch", task)),
+    )
+    tasks = [(0, 0), (0, 1), (0, 2)]
+    run_here(stage, [Group("g", tuple(tasks), (TASK_BYTES,) * 3)])
+    fetched = [("fetch", tasks[1]), ("work", tasks[0]), ("fetch", tasks[2]), ("work", tasks[1])]
+    assert seen == [*fetched, ("work", tasks[2])]
+    seen.clear()
+    run_leaves(stage, tasks, None, 0)
+    assert seen == [*fetched, ("work", tasks[2])]
+
+
+def test_buffers_of_a_thread_are_its_own_and_do_not_travel():
+    stage = Functions(None, None, None)
+    mine = stage.of_thread(dict)
+    assert stage.of_thread(dict) is mine
+    others = []
+    thread = threading.Thread(target=lambda: others.append(stage.of_thread(dict)))
+    thread.start()
+    thread.join()
+    assert others[0] is not mine
+    assert pickle.loads(pickle.dumps(stage)).of_thread(dict) is not mine
+
+
+def test_values_that_begin_a_group_are_made_in_its_turn():
+    # A basis of every tensor, made before all work, would be memory that nobody needs yet.
+    events = []
+
+    class Begins(Functions):
+        begins = True
+
+        def begin(self, groups):
+            events.extend(group.key for group in groups)
+            return [None] * len(groups)
+
+        def work(self, tasks, values):
+            events.extend(tasks)
+            return super().work(tasks, values)
+
+    groups = groups_of([9, 9, 9])
+    Threads().run(Begins(), groups, workers=1, name="test", progress=NoProgress())
+    assert events == [event for group in groups for event in (group.key, *group.tasks)]

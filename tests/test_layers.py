@@ -76,6 +76,7 @@ ROOMS = {
     "sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
     "fit": Room(set(), {"numpy"}, pure=True),
     "planner": Room(pure=True),
+    "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
     "paths": Room(),
     "pagecache": Room(),
@@ -89,8 +90,12 @@ ROOMS = {
     # The zarr shim takes the codec's name from the store's layout.
     "zarr_codec": Room({"codec", "ulp", "store"}, {"numpy", "zarr"}),
     "machine": Room(set(), {"psutil"}),
+    "versions": Room({"_version"}),
     # The only room that knows dask.
-    "graph": Room({"planner"}, {"dask", "distributed", "numpy", "threadpoolctl"}),
+    "graph": Room(
+        {"machine", "planner", "versions"},
+        {"dask", "dask_cuda", "distributed", "numpy", "threadpoolctl"},
+    ),
     # What several stages share: a block across its steps, a file put together from blocks.
     "blocks": Room({"pages", "ulp", "codec", "planner", "store"}, {"numpy"}),
     "base_weights": Room(
@@ -101,18 +106,29 @@ ROOMS = {
         {"blocks", "base_weights", "ulp", "codec", "sketch", "sweep", "planner", "store"},
         {"numpy"},
     ),
+    # Both of torch's imports there are deferred: the CPU's path does without.
+    "devices": Room({"planner"}, {"torch"}),
+    "device_blocks": Room(
+        {"dense", "devices", "planner", "blocks", "block_reader", "ulp"}, {"numpy", "torch"}
+    ),
+    # What a stage asks: whether devices work on a block, wherever it runs.
+    "offload": Room(
+        {"block_reader", "blocks", "device_blocks", "devices", "planner", "ulp"}, {"numpy"}
+    ),
     "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
-    "subspaces": Room(BELOW_STAGES, {"numpy"}),
+    "subspaces": Room(BELOW_STAGES | {"offload"}, {"numpy"}),
     "request": Room({"fit", "store", "subspaces"}),
     "cards": Room({"_version", "store"}, {"numpy"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
     "extrapolation": Room(
-        BELOW_STAGES | {"assemble", "cards", "request", "subspaces", "warmup"}, {"numpy"} | CHECKSUM
+        BELOW_STAGES
+        | {"assemble", "cards", "devices", "offload", "request", "subspaces", "warmup"},
+        {"numpy"} | CHECKSUM,
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     # For Python callers.

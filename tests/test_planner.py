@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from relex_stream import planner
 from relex_stream.errors import MemoryLimitError
-from relex_stream.planner import ModelShape, commit_batch, gram_columns, make_plan
+from relex_stream.graph.stages import TASK_BYTES
+from relex_stream.planner import (
+    Capacity,
+    ModelShape,
+    cluster_task_bytes,
+    commit_batch,
+    gram_columns,
+    make_plan,
+)
 from relex_stream.specs import STEP_GROUP
 from relex_stream.summaries import StagePlan
 
@@ -185,14 +193,14 @@ def stage(name, worker_bytes):
 
 
 def plan_for(*stages, limit=1000 * MIB, workers=8, fixed=False):
-    return make_plan(
-        stages,
-        reserved_bytes=200 * MIB,
-        shared_bytes=60 * MIB,
-        memory_limit_bytes=limit,
+    here = Capacity(
+        processes=1,
         workers=workers,
         workers_fixed=fixed,
+        reserved_bytes=200 * MIB,
+        memory_limit_bytes=limit,
     )
+    return make_plan(stages, here, shared_bytes=60 * MIB)
 
 
 def test_workers_are_lowered_until_the_projection_fits():
@@ -271,3 +279,26 @@ def test_the_limit_named_in_the_refusal_would_be_enough():
     needed = int(re.search(r"needs (\d+) MiB", str(caught.value))[1])
     assert needed == math.ceil((300 * MIB + sizes.worker_bytes) / MIB)
     assert plan_for(sizes, limit=needed * MIB).workers == 1
+
+
+def test_a_plan_for_a_cluster_is_that_of_each_process():
+    here = Capacity(1, 8, False, 200 * MIB, 1000 * MIB)
+    one = make_plan([stage("a", 140 * MIB)], here, shared_bytes=60 * MIB)
+    many = make_plan([stage("a", 140 * MIB)], replace(here, processes=12), shared_bytes=60 * MIB)
+    assert (one.processes, many.processes) == (1, 12)
+    assert replace(many, processes=1) == one
+    with pytest.raises(MemoryLimitError, match="1000 MiB in each process of the cluster; raise"):
+        make_plan([stage("a", 999 * MIB)], replace(here, processes=2), shared_bytes=0)
+
+
+@given(total=st.integers(0, 1 << 60), workers=st.integers(1, 4096))
+def test_tasks_of_a_cluster_leave_the_scheduler_its_share(total, workers):
+    size = cluster_task_bytes(total, workers, TASK_BYTES)
+    assert size >= TASK_BYTES
+    # At their quickest, all threads together finish a task in so many seconds.
+    each_s = size / planner._WORK_BYTES_PER_S / workers
+    kept_up = planner.SCHEDULER_SHARE * each_s * 1.000001 >= planner.SCHEDULER_TASK_S
+    few = total < size * workers * planner._TASKS_PER_WORKER + size * workers
+    assert kept_up or few
+    # And all have work, unless it is not worth cutting any more.
+    assert size == TASK_BYTES or total >= size * workers * planner._TASKS_PER_WORKER

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_files_and_directories_are_synced_before_the_name_is_given(tmp_path, mon
         output.write("two", 0, b"2")
         output.finish()
     at = events.index("rename")
-    partial = str(tmp_path / ".out.relex-partial")
+    partial = str(output.filler.directory)
     expected = {f"{partial}{rest}" for rest in ("", "/sub", "/sub/one", "/two")}
     assert set(events[:at]) == expected
     assert events[at + 1 :] == [str(tmp_path)]
@@ -302,7 +303,7 @@ def test_a_rename_that_fails_brings_the_old_output_back(tmp_path, monkeypatch):
     rename = os.rename
 
     def failing(source, target):
-        if str(source).endswith(".relex-partial"):
+        if Path(source).parent.name == ".out.relex-partial":
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     metavar="S",
     help="Seed of the random sketches; set when a store is made.",
 )
+@options.cluster
 @options.common
 @click.pass_obj
 def command(
@@ -66,6 +67,8 @@ def command(
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    scheduler: str | None,
+    local_cluster: int | None,
 ) -> None:
     """Compress a base model and its checkpoints into STORE, without loss.
 
@@ -87,6 +90,8 @@ def command(
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
             seed=seed,
+            scheduler=scheduler,
+            local_cluster=local_cluster,
             progress=progress,
         )
     session.finish(summary, describe(summary, verbose=session.verbose))

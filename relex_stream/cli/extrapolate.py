@@ -68,8 +68,11 @@ if TYPE_CHECKING:
 @options.base
 @options.memory_limit
 @options.workers
+@options.devices
+@options.device_memory_limit
 @options.overwrite
 @click.option("--dry-run", is_flag=True, help="Print the plan and its memory; write nothing.")
+@options.cluster
 @options.common
 @click.pass_obj
 def command(
@@ -88,6 +91,10 @@ def command(
     workers: int | None,
     overwrite: bool,
     dry_run: bool,
+    scheduler: str | None,
+    local_cluster: int | None,
+    devices: str,
+    device_memory_limit: int | None,
 ) -> None:
     """Predict the weights at later steps from the steps in STORE, and write them to OUT.
 
@@ -111,6 +118,10 @@ def command(
             workers=workers,
             overwrite=overwrite,
             dry_run=dry_run,
+            scheduler=scheduler,
+            local_cluster=local_cluster,
+            devices=devices,
+            device_memory_limit=device_memory_limit,
             progress=progress,
         )
     session.finish(summary, describe(summary, verbose=session.verbose), essential=dry_run)
@@ -137,6 +148,8 @@ def describe(summary: ExtrapolateSummary, *, verbose: bool) -> list[str]:
     rows["R2 of the fit"] = f"{report.format_figure(summary.median_r2)}, median"
     rows["read"] = report.format_bytes(summary.bytes_read)
     rows["written"] = report.format_bytes(summary.bytes_written)
+    if summary.plan.devices is not None:
+        rows["devices"] = ", ".join(summary.plan.devices.names)
     rows["peak memory"] = report.format_bytes(summary.peak_memory_bytes)
     rows["elapsed"] = report.format_duration(summary.elapsed_s)
     lines = report.pairs(rows)

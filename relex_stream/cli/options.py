@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -84,6 +85,8 @@ def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, bool]
         if not value or session is None:
             return
         setattr(session, attribute, True)
+        if session.debug:
+            logging.getLogger("relex_stream").setLevel(logging.DEBUG)
         if session.quiet and session.verbose:
             raise click.UsageError("--quiet and --verbose exclude each other", ctx)
 
@@ -126,7 +129,8 @@ memory_limit = click.option(
     type=ByteSize(),
     metavar="SIZE",
     help="Most memory the process may use, like 512MiB or 8GB; work that does not fit is refused "
-    "before it starts.  [default: 768MiB, less if less is free]",
+    "before it starts. With a cluster, of each of its processes.  [default: 768MiB, less if less "
+    "is free]",
 )
 
 workers = click.option(
@@ -135,6 +139,45 @@ workers = click.option(
     metavar="N",
     help="Threads that work at once.  [default: one per usable core]",
 )
+
+_scheduler = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Do the work on a dask cluster: the address of its scheduler, like tcp://host:8786, or "
+    "the path of its scheduler file. All its machines see the same paths.",
+)
+
+_local_cluster = click.option(
+    "--local-cluster",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Do the work in N processes of this machine, started for it.",
+)
+
+
+devices = click.option(
+    "--devices",
+    default="auto",
+    show_default=True,
+    metavar="DEVICES",
+    help="What works on blocks: cpu, cuda (all GPUs), a list such as cuda:0,cuda:2, or auto: what "
+    "is projected to be faster.",
+)
+
+device_memory_limit = click.option(
+    "--device-memory-limit",
+    type=ByteSize(),
+    metavar="SIZE",
+    help="Most memory to take of each GPU.  [default: 0.8 of what is free]",
+)
+
+
+def cluster(function: Function) -> Function:
+    """Add the options that say where block tasks run."""
+    for option in (_local_cluster, _scheduler):
+        function = option(function)
+    return function
+
 
 overwrite = click.option(
     "--overwrite",

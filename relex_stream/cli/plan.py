@@ -34,5 +34,15 @@ def describe_plan(plan: Plan) -> list[str]:
         f"{format_bytes(plan.reserved_bytes)} before the work, "
         f"{format_bytes(plan.shared_bytes)} shared, "
         f"{format_count(plan.workers, 'worker')} of {format_bytes(widest)}"
+        + (f"; in each of {plan.processes} processes" if plan.processes > 1 else "")
     )
+    if plan.devices_reason:
+        lines.append(f"devices: {plan.devices_reason}")
+    if plan.devices is not None:
+        lines.append(
+            f"projected device memory {format_bytes(plan.devices.projected_bytes)} of "
+            f"{format_bytes(plan.devices.memory_limit_bytes)} allowed, of each device: "
+            f"{format_count(plan.devices.slots, 'block')} of "
+            f"{format_bytes(plan.devices.block_bytes)}"
+        )
     return lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 import click
 
-from relex_stream.cli.report import format_bytes, format_duration
+from relex_stream.cli.report import format_bytes, format_duration, printable
 from relex_stream.specs import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ class LineProgress:
         self._total_bytes = self._done_bytes = 0
         self._started_s = self._written_s = 0.0
 
+    def note(self, text: str) -> None:
+        """Write a line."""
+        self._write(printable(text))
+
     def start(self, stage: str, total_bytes: int) -> None:
         """Write that a stage begins."""
         self._stage, self._total_bytes, self._done_bytes = stage, total_bytes, 0
@@ -132,6 +136,10 @@ class BarProgress:
         self._task: int | None = None
         self._total_bytes = self._done_bytes = 0
         self._started_s = self._drawn_s = 0.0
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def start(self, stage: str, total_bytes: int) -> None:
         """Add a bar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Session:
             warnings.simplefilter("always", RelexStreamWarning)
             warnings.showwarning = self._show_warning
             yield
+        logging.getLogger("relex_stream").setLevel(logging.NOTSET)
 
     def _show_warning(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -49,6 +50,10 @@ class CheckpointReader:
     ----------
     max_open : int
 
+    Notes
+    -----
+    Pickled, it takes along what it expects of files, and none of them.
+
     Raises
     ------
     ValueError
@@ -76,10 +81,20 @@ class CheckpointReader:
         self._changed = threading.Condition()  # guards everything below
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()  # least recently used first
         self._opening: set[str] = set()  # paths being opened without the lock held
-        self._versions: dict[str, _Version] = {}
-        self._expected: dict[str, _Version] = {}  # of files not read yet
+        self._versions: dict[str, _Version] = {}  # when first opened, or as expected
+        self._read: set[str] = set()
         self._lent = 0  # descriptors promised to `borrow`
         self._closed = False
+        # Where nobody closes it: a copy that a task worked with.
+        weakref.finalize(self, _close_all, self._files)
+
+    def __getstate__(self) -> dict[str, _Version]:
+        with self._changed:
+            return dict(self._versions)
+
+    def __setstate__(self, versions: dict[str, _Version]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._versions = versions
 
     def read(self, path: str, offset: int, buffer: memoryview | NDArray[np.uint8]) -> None:
         """Fill a buffer with the bytes of a file from an offset on.
@@ -138,12 +153,17 @@ class CheckpointReader:
     def expect(self, checkpoint: SourceCheckpoint) -> None:
         """Refuse its files when they are first read, if they changed since their headers were."""
         with self._changed:
-            for file in checkpoint.weights_files:
-                path = os.path.join(checkpoint.directory, file.relative_path)
-                self._expected[path] = file.size, file.modified_ns
+            paths = checkpoint.weights_paths
+            for path, file in zip(paths, checkpoint.weights_files, strict=True):
+                self._versions.setdefault(path, (file.size, file.modified_ns))
 
-    def verify_unchanged(self) -> None:
-        """Check that every file read so far still has the size and time it was first opened with.
+    def verify_unchanged(self, paths: Iterable[str] | None = None) -> None:
+        """Check that files still have the size and time they were first opened with.
+
+        Parameters
+        ----------
+        paths : iterable of str, optional
+            Expected files, which others may have read; by default those read here so far.
 
         Raises
         ------
@@ -151,7 +171,8 @@ class CheckpointReader:
             If a file was changed, replaced or removed; the message names it.
         """
         with self._changed:
-            versions = dict(self._versions)
+            chosen = sorted(self._read) if paths is None else paths
+            versions = {path: self._versions[path] for path in chosen}
         for path, version in versions.items():
             try:
                 status = os.stat(path)
@@ -166,9 +187,7 @@ class CheckpointReader:
             self._closed = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._opening and not self._busy())
-            for file in self._files.values():
-                os.close(file.descriptor)
-            self._files.clear()
+            _close_all(self._files)
 
     def __enter__(self) -> Self:
         """Return the reader itself."""
@@ -251,10 +270,10 @@ class CheckpointReader:
         try:
             descriptor, version = _open(path)
             with self._changed:
-                expected = self._expected.pop(path, version)
-                if self._versions.setdefault(path, expected) != version:
+                if self._versions.setdefault(path, version) != version:
                     os.close(descriptor)
                     raise _changed_file(path)
+                self._read.add(path)
                 file = self._files[path] = _OpenFile(descriptor, readers=1)
                 return file
         finally:
@@ -268,6 +287,11 @@ class CheckpointReader:
             return
         idle = next(path for path, file in self._files.items() if not file.readers)
         os.close(self._files.pop(idle).descriptor)
+
+
+def _close_all(files: OrderedDict[str, _OpenFile]) -> None:
+    while files:
+        os.close(files.popitem()[1].descriptor)
 
 
 def _default_max_open() -> int:

@@ -5,7 +5,7 @@
 ``docs/store-format.md``.
 """
 
-from relex_stream.store.read import Store
+from relex_stream.store.read import SketchReader, Store
 from relex_stream.store.write import StoreWriter
 
-__all__ = ["Store", "StoreWriter"]
+__all__ = ["SketchReader", "Store", "StoreWriter"]

@@ -12,8 +12,10 @@ import errno
 import fcntl
 import os
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from relex_stream.errors import StoreError
 
@@ -36,7 +38,8 @@ def write_file(path: Path | str, data: bytes) -> None:
 def write_tail(path: Path | str, committed_bytes: int, data: bytes | memoryview) -> None:
     """Put `data` right after the first `committed_bytes` of a file, which stay as they are.
 
-    Whatever an unfinished run left behind them is cut off first.
+    Nothing is cut off behind them: two machines may be at the same work, one of which has been
+    given up for dead, and what one has written must not be taken away by the other.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -46,8 +49,6 @@ def write_tail(path: Path | str, committed_bytes: int, data: bytes | memoryview)
                 f"{path} holds {size} bytes, {committed_bytes} are committed; "
                 "the store is damaged (see relex-stream verify)"
             )
-        if size > committed_bytes:
-            os.ftruncate(descriptor, committed_bytes)
         _write_all(descriptor, data, committed_bytes)
     finally:
         os.close(descriptor)
@@ -134,9 +135,32 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_file(path.parent)
 
 
+class Lock(NamedTuple):
+    """A lock file that is held.
+
+    Attributes
+    ----------
+    holder : bytes
+        What it holds meanwhile; no other holder ever has the same.
+    unfinished : bool
+        Whether the last holder may have left something over.
+    """
+
+    holder: bytes
+    unfinished: bool
+
+
+def is_held_by(path: Path, holder: bytes) -> bool:
+    """Say whether a lock file is held by one that has said so; for its helpers elsewhere."""
+    try:
+        return path.read_bytes() == holder
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file of a store; yield whether the last holder may have left something over.
+def exclusive_lock(path: Path) -> Iterator[Lock]:
+    """Hold the lock file of a store.
 
     The file holds the owner while work is under way and is empty after a clean end; where it is
     missing, nobody knows. It is on the disk before anything that its holder does. The kernel lets
@@ -152,21 +176,27 @@ def exclusive_lock(path: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
             raise StoreError(
                 f"another process is writing to {path.parent} ({owner}); "
                 "wait for it, or end it, and run this again"
             ) from error
+        except OSError as error:
+            raise StoreError(
+                f"{path.parent} cannot be locked ({error.strerror}); its file system has no locks "
+                "(on Lustre: mount it with -o flock)"
+            ) from error
         unfinished = missing or os.fstat(descriptor).st_size > 0
         # Not cut to nothing first: it must not look clean before what is left over is swept.
-        holder = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
+        name = f"process {os.getpid()} on {os.uname().nodename}, {uuid.uuid4().hex[:12]}"
+        holder = (name + "\n").encode()
         os.pwrite(descriptor, holder, 0)
         os.ftruncate(descriptor, len(holder))
         os.fsync(descriptor)
         # Also where the file was there: its maker may have been killed before this.
         sync_file(path.parent)
-        yield unfinished
+        yield Lock(holder, unfinished)
         os.ftruncate(descriptor, 0)
         os.fsync(descriptor)
     finally:

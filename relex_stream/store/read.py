@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,9 @@ HEAD_NAME = "HEAD"
 
 SKETCHES_AT_HAND_BYTES = 8 << 20
 """Sketches read together, of as many tensors as that holds (at least one)."""
+
+_BATCHES_KEPT = 2
+"""Batches of sketches: threads are in two at a time, at most, where they go through tensors."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,18 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables are read again where they are needed; a task must stay small.
-        return {"path": self.path}
+        return {"path": self.path, "rows": len(self.steps), "last": self._last_record()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+        rows = state["rows"]
+        # It shows what it showed before, whatever was appended meanwhile.
+        self.head = replace(self.head, steps=self.steps[:rows], commits=self.head.commits[:rows])
+        if self._last_record() != state["last"]:
+            raise StoreError(f"{self.path} is not the store it was: run this again")
+
+    def _last_record(self) -> RecordName:
+        return self.head.commits[-1] if self.head.commits else self.head.manifest
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {len(self.steps)} steps, {len(self.tensors)} tensors)"
@@ -164,46 +177,28 @@ class Store:
         """Squared norm of every tensor's weight delta, shape (T, tensors)."""
         return self._tables.delta_sq
 
-    def sketch_rows(
-        self, tensors: Iterable[StoredTensor], rows: int
-    ) -> Iterator[tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]]:
-        """Yield the sketches of the first `rows` changes, tensor by tensor.
+    def read_sketches(
+        self, first: int, count: int, rows: int
+    ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """Read sketches of the first `rows` changes, of neighbouring tensors.
 
-        Reads slices of the records, of many neighbouring tensors at a time but no more than
-        `SKETCHES_AT_HAND_BYTES`, so that memory does not grow with the number of tensors.
+        Slices of the records, which may be large.
 
         Parameters
         ----------
-        tensors : iterable of StoredTensor
-            With sketches, in the manifest's order.
+        first, count : int
+            Their sketch rows are ``first`` to ``first + count - 1``.
+        rows : int
 
-        Yields
-        ------
-        tensor : StoredTensor
-        sketch : ndarray of float16, shape (rows, width)
-        scale : ndarray of float32, shape (rows,)
+        Returns
+        -------
+        sketches : ndarray of float16, shape (rows, count, width)
+        scales : ndarray of float32, shape (rows, count)
         """
-        offsets = [self._sketch_offsets(row) for row in range(rows)]
-        per_tensor = max(1, rows * (2 * self.manifest.sketch_width + 4))
-        most = max(1, SKETCHES_AT_HAND_BYTES // per_tensor)
-        batch: list[StoredTensor] = []
-        for tensor in tensors:
-            if batch and tensor.sketch_row - batch[0].sketch_row >= most:
-                yield from self._read_sketches(batch, offsets)
-                batch = []
-            batch.append(tensor)
-        if batch:
-            yield from self._read_sketches(batch, offsets)
-
-    def _read_sketches(
-        self, tensors: Sequence[StoredTensor], offsets: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[StoredTensor, NDArray[np.float16], NDArray[np.float32]]]:
-        first = tensors[0].sketch_row
-        count = tensors[-1].sketch_row + 1 - first
         width = self.manifest.sketch_width
-        sketches = np.empty((len(offsets), count, width), np.float16)
-        scales = np.empty((len(offsets), count), np.float32)
-        for row, (sketch_at, scale_at) in enumerate(offsets):
+        sketches = np.empty((rows, count, width), np.float16)
+        scales = np.empty((rows, count), np.float32)
+        for row, (sketch_at, scale_at) in enumerate(self._sketch_offsets[:rows]):
             path = self.record_path(self.head.commits[row])
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -211,11 +206,13 @@ class Store:
                 os.preadv(descriptor, [scales[row]], scale_at + 4 * first)
             finally:
                 os.close(descriptor)
-        for tensor in tensors:
-            here = tensor.sketch_row - first
-            yield tensor, sketches[:, here], scales[:, here]
+        return sketches, scales
 
-    def _sketch_offsets(self, row: int) -> tuple[int, int]:
+    @cached_property
+    def _sketch_offsets(self) -> list[tuple[int, int]]:
+        return [self._sketch_offsets_of(row) for row in range(len(self.steps))]
+
+    def _sketch_offsets_of(self, row: int) -> tuple[int, int]:
         with open(self.record_path(self.head.commits[row]), "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -421,6 +418,49 @@ def _bytes_below(directory: str) -> int:
             elif entry.is_file(follow_symlinks=False):
                 total += entry.stat(follow_symlinks=False).st_size
     return total
+
+
+class SketchReader:
+    """Reads sketches tensor by tensor, many neighbours at a time; for any number of threads.
+
+    Memory does not grow with the number of tensors: no more than `SKETCHES_AT_HAND_BYTES` are read
+    at a time.
+
+    Parameters
+    ----------
+    store : Store
+    rows : int
+        Of how many steps, from the first.
+    """
+
+    def __init__(self, store: Store, rows: int) -> None:
+        self._store = store
+        self._rows = rows
+        sketched = sum(tensor.sketch_row >= 0 for tensor in store.manifest.tensors)
+        per_tensor = max(1, rows * (2 * store.manifest.sketch_width + 4))
+        self._count = max(1, min(sketched, SKETCHES_AT_HAND_BYTES // per_tensor))
+        self._sketched = sketched
+        self._lock = threading.Lock()
+        self._batches: OrderedDict[int, tuple[NDArray[np.float16], NDArray[np.float32]]]
+        self._batches = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return SketchReader, (self._store, self._rows)
+
+    def read(self, tensor: StoredTensor) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """Return a tensor's sketch (rows, width) and its scales (rows,)."""
+        number, here = divmod(tensor.sketch_row, self._count)
+        with self._lock:
+            batch = self._batches.get(number)
+            if batch is None:
+                first = number * self._count
+                count = min(self._count, self._sketched - first)
+                batch = self._store.read_sketches(first, count, self._rows)
+                self._batches[number] = batch
+                if len(self._batches) > _BATCHES_KEPT:
+                    self._batches.popitem(last=False)
+        sketches, scales = batch
+        return sketches[:, here], scales[:, here]
 
 
 def read_head(path: Path) -> Head:

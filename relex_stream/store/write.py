@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Self
@@ -43,6 +44,11 @@ _BLOB = re.compile(r"[0-9a-f]{64}")
 _OWN_NAMES = {HEAD_NAME, LOCK_NAME, "zarr.json", arrays.DELTAS, arrays.BASE, "commits", "blobs"}
 
 
+def sync_frames(root: Path, paths: Sequence[str]) -> None:
+    """Put chunks that `write_frames` wrote on the disk."""
+    files.sync_many(root, paths)
+
+
 def write_frames(
     root: Path,
     group: str,
@@ -51,7 +57,7 @@ def write_frames(
     block: int,
     committed: int,
     data: bytes | memoryview,
-) -> None:
+) -> str:
     """Put frames behind the committed bytes of a chunk. Idempotent; safe from any thread.
 
     Parameters
@@ -64,10 +70,42 @@ def write_frames(
         Bytes of the chunk that HEAD reaches.
     data : bytes or memoryview of bytes
         Whole frames.
+
+    Returns
+    -------
+    str
+        Path of the chunk.
     """
     # No Path where tensors may be very many: making one costs as much as opening a file.
     path = f"{root}/{arrays.chunk_key(group, tensor, chunk_row, block)}"
     files.write_tail(path, committed, data)
+    return path
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Keeps out those who help a writer elsewhere, once it no longer holds the lock.
+
+    A cluster may go on with a task for a while after the command that sent it was ended; by then
+    another may be writing.
+    """
+
+    lock: Path
+    holder: bytes
+
+    def check(self) -> None:
+        """Check that the writer still holds the lock.
+
+        Raises
+        ------
+        StoreError
+            If it does not, or another store is at this path on this machine.
+        """
+        if not files.is_held_by(self.lock, self.holder):
+            raise StoreError(
+                f"{self.lock.parent} is not held by the build that this task belongs to: either "
+                "that has ended, or this machine sees another directory under this path"
+            )
 
 
 class StoreWriter:
@@ -82,6 +120,8 @@ class StoreWriter:
     ----------
     store : Store or None
         What is committed; None before the first commit.
+    fence : Fence
+        For those who help, while it is open.
 
     Raises
     ------
@@ -98,7 +138,8 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         self._make_root()
-        unfinished = self._stack.enter_context(files.exclusive_lock(self.path / LOCK_NAME))
+        lock = self._stack.enter_context(files.exclusive_lock(self.path / LOCK_NAME))
+        self.fence = Fence(self.path / LOCK_NAME, lock.holder)
         try:
             for name in ("commits", "blobs", arrays.DELTAS):
                 files.make_directory(self.path / name)
@@ -108,7 +149,7 @@ class StoreWriter:
                 files.sync_file(self.path / HEAD_NAME)
                 files.sync_file(self.path)
                 self.store = Store(self.path)
-            if unfinished:
+            if lock.unfinished:
                 self.sweep()
         except BaseException as error:
             self._stack.__exit__(type(error), error, error.__traceback__)

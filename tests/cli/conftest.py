@@ -34,6 +34,7 @@ from relex_stream.summaries import (
 MIB = 1 << 20
 
 PLAN = Plan(
+    processes=1,
     workers=2,
     memory_limit_bytes=768 * MIB,
     reserved_bytes=200 * MIB,
@@ -164,6 +165,8 @@ class FakeApi(types.ModuleType):
         include_base: bool = False,
         allow_nonfinite: bool = False,
         seed: int = 0,
+        scheduler: str | Path | None = None,
+        local_cluster: int | None = None,
         progress: Progress | None = None,
     ) -> BuildSummary:
         return self._run("build_store", locals())
@@ -184,6 +187,10 @@ class FakeApi(types.ModuleType):
         workers: int | None = None,
         overwrite: bool = False,
         dry_run: bool = False,
+        scheduler: str | Path | None = None,
+        local_cluster: int | None = None,
+        devices: str = "auto",
+        device_memory_limit: int | None = None,
         progress: Progress | None = None,
     ) -> ExtrapolateSummary:
         return self._run("extrapolate", locals())

@@ -17,6 +17,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("build-store", "base", "checkpoints", "run.store", "--pattern", "epoch-{step}"),
         *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
         *("--include-base", "--allow-nonfinite", "--seed", "7"),
+        *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
     )
     assert result.exit_code == 0, result.stderr
     assert api.calls == [
@@ -33,6 +34,8 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "include_base": True,
                 "allow_nonfinite": True,
                 "seed": 7,
+                "scheduler": "tcp://host:8786",
+                "local_cluster": 4,
             },
         )
     ]
@@ -43,7 +46,8 @@ def test_extrapolate_passes_every_option(api: FakeApi, run: Run) -> None:
         *("extrapolate", "run.store", "out", "--target-step", "600", "--target-step", "300"),
         *("--history-steps", "40", "--rank", "2", "--svd", "exact", "--power-iterations", "2"),
         *("--fit", "linear", "--base", "elsewhere", "--memory-limit", "8GB", "--workers", "1"),
-        *("--overwrite", "--dry-run"),
+        *("--overwrite", "--dry-run", "--scheduler", "scheduler.json", "--local-cluster", "2"),
+        *("--devices", "cuda:1", "--device-memory-limit", "20GB"),
     )
     assert result.exit_code == 0, result.stderr
     assert api.calls == [
@@ -63,6 +67,10 @@ def test_extrapolate_passes_every_option(api: FakeApi, run: Run) -> None:
                 "workers": 1,
                 "overwrite": True,
                 "dry_run": True,
+                "scheduler": "scheduler.json",
+                "local_cluster": 2,
+                "devices": "cuda:1",
+                "device_memory_limit": 20_000_000_000,
             },
         )
     ]

@@ -13,7 +13,7 @@ import zarr
 
 from relex_stream import api
 from relex_stream import build as build_module
-from relex_stream.graph import run_in_order
+from relex_stream.graph import Threads, run_in_order
 from relex_stream.opened import OpenStore
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store, arrays
@@ -78,11 +78,11 @@ def build(
 def quick() -> Iterator[None]:
     """Run builds as plain loops and open each checkpoint once: what is on the disk is the same."""
 
-    def run_plainly(groups, work, combine, finish, *, workers, stage, progress, fetch):
-        return run_in_order(groups, work, combine, finish)
+    def run_plainly(_, stage, groups, **__):
+        return run_in_order(stage, groups)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "run_groups", run_plainly)
+        patch.setattr(Threads, "run", run_plainly)
         patch.setattr(
             build_module, "open_checkpoint", lru_cache(maxsize=None)(build_module.open_checkpoint)
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from relex_stream import api
-from relex_stream.errors import RelexStreamError
+from relex_stream.errors import CorruptionError, RelexStreamError
 from relex_stream.store import Store, files
 from tests.crash.replay import (
     Crash,
@@ -586,8 +586,8 @@ def test_harness_sees_committed_bytes_written_over(tmp_path, monkeypatch):
 
 def test_harness_sees_what_is_never_swept(tmp_path, monkeypatch):
     monkeypatch.setattr("relex_stream.store.write.StoreWriter.sweep", lambda self: None)
-    # Without any crash the reference itself has leftovers.
-    with pytest.raises(AssertionError):
+    # Without any crash the reference itself has leftovers, which plain zarr takes for frames.
+    with pytest.raises((AssertionError, CorruptionError)):
         Judge(tmp_path, drop_then_append, syncfs=True)
     monkeypatch.undo()
 

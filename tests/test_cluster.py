@@ -1,0 +1,635 @@
+"""Stages on real clusters of processes: the same bits, whatever dies, and refusals that say why."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import distributed
+import numpy as np
+import pytest
+
+import relex_stream as rs
+from relex_stream import planner
+from relex_stream.errors import (
+    ClusterError,
+    CorruptionError,
+    MemoryLimitError,
+    MissingDependencyError,
+    OptionError,
+    SourceError,
+    StoreError,
+)
+from relex_stream.graph import Stage, cluster, open_executor, packed, run_in_order, stages
+from relex_stream.specs import NoProgress
+from relex_stream.store import StoreWriter
+from tests.make_checkpoints import Trajectory, make_trajectory
+from tests.make_stores import build_store
+from tests.test_graph import Recorder, groups_of, value_of
+
+TENSORS = {"model.embed.weight": (300, 90), "a.weight": (90, 70), "b.bias": (90,), "c.weight": (5,)}
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """The address of a cluster of two processes with two threads each."""
+    with distributed.LocalCluster(
+        n_workers=2,
+        threads_per_worker=2,
+        processes=True,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        memory_limit=0,
+    ) as workers:
+        yield workers.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
+    """Twenty steps of four tensors, two of which are cut into many blocks."""
+    root = tmp_path_factory.mktemp("run")
+    return make_trajectory(root, steps=range(1, 21), tensors=TENSORS, change_share=0.1)
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have stages of a few kilobytes cut into many tasks, as large ones are."""
+    monkeypatch.setattr(stages, "TASK_BYTES", 4 << 10)
+    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: 16 << 10)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "relex_stream.json"
+    }
+
+
+def build(run: Trajectory, store: Path, **options: object) -> None:
+    build_store(
+        run.base,
+        run.checkpoints,
+        store,
+        block_bytes=2 << 10,
+        sketch_min_elements=1000,
+        **options,
+    )
+
+
+# --- the same bits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+@pytest.mark.usefixtures("small_tasks")
+def test_a_store_has_the_bytes_of_a_local_build(
+    run: Trajectory, tmp_path: Path, scheduler: str, include_base: bool
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    # In two goes, so that one is an append.
+    for steps in ("1:7", "1:20"):
+        build(run, there, steps=steps, include_base=include_base, scheduler=scheduler)
+        build(run, here, steps=steps, include_base=include_base)
+        assert tree(there) == tree(here)
+    assert rs.verify(there).problems == ()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"power_iterations": 3, "rank": 2, "target_steps": [25, 40]},
+        {"svd": "exact"},
+        {"history_steps": 9},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("small_tasks")
+def test_an_output_has_the_bytes_of_a_local_run(
+    run: Trajectory, tmp_path: Path, scheduler: str, options: dict[str, object]
+) -> None:
+    build(run, tmp_path / "store")
+    options = {"target_steps": [30]} | options
+    here = rs.extrapolate(tmp_path / "store", tmp_path / "here", **options)  # type: ignore[arg-type]
+    there = rs.extrapolate(
+        tmp_path / "store",
+        tmp_path / "there",
+        scheduler=scheduler,
+        **options,  # type: ignore[arg-type]
+    )
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+    assert there.figures == here.figures
+    assert there.plan.processes == 2
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_work_is_cut_into_tasks_that_both_processes_share(
+    run: Trajectory, tmp_path: Path, scheduler: str
+) -> None:
+    # Else the comparisons above would be of one task with itself.
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        before = _stream_of(client)
+        build(run, tmp_path / "store", scheduler=scheduler)
+        done = _stream_of(client)[len(before) :]
+    blocks = [task for task in done if "-blocks" in task["key"]]
+    assert len(blocks) > 20
+    assert len({task["worker"] for task in blocks}) == 2
+    assert sum("-sum" in task["key"] for task in done) >= 2
+
+
+def _stream_of(client: distributed.Client) -> list[dict[str, str]]:
+    return [
+        {"key": str(task["key"]), "worker": str(task["worker"])}
+        for task in client.get_task_stream()
+    ]
+
+
+def test_a_cluster_of_this_machine_does_the_same(run: Trajectory, tmp_path: Path) -> None:
+    build(run, tmp_path / "here")
+    build(run, tmp_path / "there", local_cluster=2, workers=1)
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_a_scheduler_file_is_as_good_as_an_address(
+    run: Trajectory, tmp_path: Path, scheduler: str
+) -> None:
+    (tmp_path / "scheduler.json").write_text(f'{{"address": "{scheduler}"}}')
+    build(run, tmp_path / "store", scheduler=str(tmp_path / "scheduler.json"))
+    assert rs.open_store(tmp_path / "store").steps == run.steps
+
+
+# --- what travels ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_tasks_carry_descriptions_and_no_weights(
+    run: Trajectory, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, list[int]] = {}
+    get = distributed.Client.get
+
+    def weigh(client, graph, *arguments, **options):  # type: ignore[no-untyped-def]
+        for key, task in graph.items():
+            kind = key[0].rpartition("-")[2]
+            sizes.setdefault(kind, []).append(len(distributed.protocol.pickle.dumps(task)))
+        return get(client, graph, *arguments, **options)
+
+    monkeypatch.setattr(distributed.Client, "get", weigh)
+    build(run, tmp_path / "store", scheduler=scheduler)
+    rs.extrapolate(tmp_path / "store", tmp_path / "out", target_steps=[30], scheduler=scheduler)
+    # A stage says which files there are, once; a block is some 100 bytes in a task.
+    assert max(sizes["stage"]) < 20_000
+    assert len(sizes["blocks"]) > 40
+    assert max(sizes["blocks"]) < 3_000
+    assert max(sizes["sum"] + sizes["begin"]) < 2_000
+
+
+def test_a_stage_is_opened_once_in_a_process_and_closed_when_it_is_done(scheduler: str) -> None:
+    groups = groups_of([40, 3])
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        client.run(_forget_openings)
+        executor = cluster.Cluster(client)
+        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.run(Opens(), groups, workers=2, name="opens", progress=NoProgress())
+        opened = client.run(_openings)
+        assert all(count["opened"] <= 1 for count in opened.values())
+        assert any(count["opened"] == 1 for count in opened.values())
+        until = time.monotonic() + 20
+        while any(each["opened"] != each["closed"] for each in client.run(_openings).values()):
+            assert time.monotonic() < until, "a stage is still open"
+            time.sleep(0.05)
+
+
+_OPENINGS: Counter[str] = Counter()
+
+
+def _openings() -> Counter[str]:
+    gc.collect()
+    return _OPENINGS
+
+
+def _forget_openings() -> None:
+    _OPENINGS.clear()
+
+
+def _no_warm_up(formats: object, progress: object) -> None:
+    pass
+
+
+class Numbers(Stage):  # type: ignore[type-arg]
+    """Sums that show every change of their order."""
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        return [value_of(task) for task in tasks]
+
+    def combine(self, partials):  # type: ignore[no-untyped-def]
+        return np.sum(partials, axis=0)
+
+    def finish(self, key, value, total, *, last):  # type: ignore[no-untyped-def]
+        return total
+
+
+class Opens(Numbers):
+    """Counts, in each process, how often it is opened and closed."""
+
+    def __setstate__(self, state):  # type: ignore[no-untyped-def]
+        super().__setstate__(state)
+        _OPENINGS["opened"] += 1
+
+    def __del__(self) -> None:
+        _OPENINGS["closed"] += 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_tasks_run_in_a_process_than_it_has_memory_for(
+    scheduler: str, workers: int
+) -> None:
+    groups = groups_of([1] * 12)
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        executor = cluster.Cluster(client)
+        executor.prepare(_no_warm_up, None, NoProgress())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planner, "cluster_task_bytes", lambda *_: 1)
+            most = executor.run(
+                AtATime(), groups, workers=workers, name="at a time", progress=NoProgress()
+            )
+    assert max(most.values()) == workers
+
+
+class AtATime(Numbers):
+    running = 0
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        AtATime.running += 1
+        time.sleep(0.1)
+        found = AtATime.running
+        AtATime.running -= 1
+        return [found] * len(tasks)
+
+
+# --- what dies ---------------------------------------------------------------------------------
+
+
+class KillsOnce(Numbers):
+    """Ends the first processes that come to a task, in the middle of it."""
+
+    def __init__(self, marks: Path, deaths: int) -> None:
+        super().__init__()
+        self.marks = marks
+        self.deaths = deaths
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        if tasks[0][1] == 5:
+            for death in range(self.deaths):
+                try:
+                    (self.marks / str(death)).mkdir()
+                except FileExistsError:
+                    continue
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+        return super().work(tasks, values)
+
+
+@pytest.fixture
+def mortal() -> Iterator[distributed.Client]:
+    """A cluster whose workers may die."""
+    with (
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=0,
+            silence_logs=50,
+        ) as workers,
+        distributed.Client(workers.scheduler_address, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def test_what_a_dead_worker_did_is_done_again(
+    mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    groups = groups_of([20, 1, 9])
+    progress = Recorder()
+    executor = cluster.Cluster(mortal)
+    executor.prepare(_no_warm_up, None, NoProgress())
+    found = executor.run(KillsOnce(tmp_path, 2), groups, workers=1, name="kills", progress=progress)
+    assert len(list(tmp_path.iterdir())) == 2
+    expected = run_in_order(Numbers(), groups)
+    assert list(found) == list(expected)
+    for key, total in expected.items():
+        assert found[key].tobytes() == total.tobytes()
+    # What was done twice is told of once.
+    advances = [event[1] for event in progress.events if event[0] == "advance"]
+    assert sum(advances) == sum(group.nbytes for group in groups)
+    assert progress.threads == {threading.get_ident()}
+
+
+def test_a_task_that_ends_every_worker_is_given_up(
+    mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    executor = cluster.Cluster(mortal)
+    executor.prepare(_no_warm_up, None, NoProgress())
+    with pytest.raises(ClusterError, match="was running on 4 workers when they died"):
+        executor.run(
+            KillsOnce(tmp_path, 9), groups_of([9]), workers=1, name="kills", progress=NoProgress()
+        )
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("stage", ["build", "extrapolate"])
+def test_files_are_whole_after_workers_were_killed_at_random(
+    mortal: distributed.Client, run: Trajectory, tmp_path: Path, stage: str
+) -> None:
+    build(run, tmp_path / "here")
+    here = tmp_path / "here"
+    if stage == "extrapolate":
+        here = tmp_path / "here.out"
+        rs.extrapolate(tmp_path / "here", here, target_steps=[30], power_iterations=6)
+    stop = threading.Event()
+    killed = 0
+
+    def kill() -> None:
+        nonlocal killed
+        rng = np.random.default_rng(0)
+        while not stop.wait(rng.random() * 0.4) and killed < 3:
+            pids = list(mortal.run(os.getpid, on_error="ignore").values())
+            if pids:
+                os.kill(int(rng.choice(pids)), signal.SIGKILL)
+                killed += 1
+
+    killer = threading.Thread(target=kill)
+    address = mortal.scheduler_info()["address"]
+    executor_prepare = cluster.Cluster.prepare
+
+    def prepare(*arguments):  # type: ignore[no-untyped-def]
+        capacity = executor_prepare(*arguments)
+        killer.start()  # not before: a worker that dies there is asked again by hand
+        return capacity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.Cluster, "prepare", prepare)
+        there = tmp_path / "there"
+        if stage == "build":
+            build(run, there, scheduler=address)
+        else:
+            rs.extrapolate(
+                tmp_path / "here", there, target_steps=[30], power_iterations=6, scheduler=address
+            )
+    stop.set()
+    killer.join()
+    assert killed
+    assert tree(there) == tree(here)
+
+
+class Stuck(Numbers):
+    """Fails in one task while another goes on for a while; marks when that ends."""
+
+    def __init__(self, marks: Path) -> None:
+        super().__init__()
+        self.marks = marks
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        if tasks[0][1] == 0:
+            (self.marks / "begun").touch()
+            time.sleep(1.5)
+            (self.marks / "ended").touch()
+        elif tasks[0][1] == 1:
+            while not (self.marks / "begun").exists():
+                time.sleep(0.01)
+            raise CorruptionError("tensor x, block 1: damaged")
+        return super().work(tasks, values)
+
+
+def test_after_an_error_no_task_is_left_running(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        executor = cluster.Cluster(client)
+        executor.prepare(_no_warm_up, None, NoProgress())
+        with pytest.raises(CorruptionError, match="tensor x, block 1: damaged"):
+            executor.run(
+                Stuck(tmp_path), groups_of([9]), workers=2, name="stuck", progress=NoProgress()
+            )
+        assert (tmp_path / "ended").exists()
+        time.sleep(0.2)
+        assert not any(client.processing().values())
+
+
+def test_a_task_of_a_build_that_has_ended_writes_nothing(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        fence = writer.fence
+        fence.check()
+    with pytest.raises(StoreError, match="is not held by the build"):
+        fence.check()
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.fence.check()
+        with pytest.raises(StoreError, match="is not held by the build"):
+            fence.check()
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduler": "tcp://h:1", "local_cluster": 2}, "exclude each other"),
+        ({"scheduler": "tcp://h:1", "workers": 2}, "--workers does not go with --scheduler"),
+        ({"local_cluster": 0}, "--local-cluster must be at least 1, not 0"),
+        ({"scheduler": "nothing-here"}, "neither an address like tcp://host:8786 nor"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message), open_executor(**options):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_file_that_is_no_scheduler_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("[]")
+    with (
+        pytest.raises(OptionError, match="file is not the scheduler file of a dask cluster"),
+        open_executor(scheduler=str(tmp_path / "file")),
+    ):
+        pass
+
+
+def test_without_distributed_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "distributed", None)
+    with (
+        pytest.raises(MissingDependencyError, match=r"pip install 'relex-stream\[cluster\]'"),
+        open_executor(local_cluster=1),
+    ):
+        pass
+
+
+def test_a_scheduler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_S", 0.3)
+    with (
+        pytest.raises(ClusterError, match=r"no dask scheduler answers at tcp://127\.0\.0\.1:1"),
+        open_executor(scheduler="tcp://127.0.0.1:1"),
+    ):
+        pass
+
+
+def test_a_scheduler_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
+    with (
+        distributed.LocalCluster(
+            n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as empty,
+        open_executor(scheduler=empty.scheduler_address) as executor,
+        pytest.raises(ClusterError, match="has no workers; start some with: dask worker"),
+    ):
+        executor.prepare(_no_warm_up, None, NoProgress())
+
+
+def _pretend_other_numpy() -> None:
+    found = packed.versions() | {"numpy": "1.0"}
+    packed.versions = cluster.versions = lambda: found  # type: ignore[assignment]
+
+
+def _pretend_nothing() -> None:
+    from relex_stream.versions import versions
+
+    packed.versions = cluster.versions = versions  # type: ignore[assignment]
+
+
+def test_workers_of_other_versions_are_refused(
+    run: Trajectory, tmp_path: Path, scheduler: str
+) -> None:
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        one = next(iter(client.nthreads()))
+        client.run(_pretend_other_numpy, workers=[one])
+        try:
+            with pytest.raises(ClusterError, match=rf"worker {one}: other versions.*numpy 1\.0 "):
+                build(run, tmp_path / "store", scheduler=scheduler)
+        finally:
+            client.run(_pretend_nothing)
+    assert not (tmp_path / "store" / "HEAD").exists()
+
+
+def test_workers_of_other_versions_that_come_later_are_refused(scheduler: str) -> None:
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        executor = cluster.Cluster(client)
+        executor.prepare(_no_warm_up, None, NoProgress())
+        client.run(_pretend_other_numpy)
+        try:
+            with pytest.raises(
+                ClusterError, match=r"a worker has other versions.*numpy 1\.0 \(here"
+            ):
+                executor.run(
+                    Numbers(), groups_of([9]), workers=1, name="late", progress=NoProgress()
+                )
+        finally:
+            client.run(_pretend_nothing)
+
+
+def test_paths_that_a_worker_does_not_see_are_named(scheduler: str, tmp_path: Path) -> None:
+    with open_executor(scheduler=scheduler) as executor:
+        executor.check_sees([tmp_path])
+        with pytest.raises(ClusterError, match=f"does not see {tmp_path}/elsewhere; all machines"):
+            executor.check_sees([tmp_path, tmp_path / "elsewhere"])
+
+
+def test_errors_in_tasks_are_those_of_a_local_run(
+    run: Trajectory, tmp_path: Path, scheduler: str
+) -> None:
+    build(run, tmp_path / "store")
+    chunk = next((tmp_path / "store" / "deltas" / "a.weight").glob("c.0.*"))
+    content = bytearray(chunk.read_bytes())
+    content[-1] ^= 1
+    chunk.write_bytes(content)
+    messages = []
+    for options in ({}, {"scheduler": scheduler}):
+        with pytest.raises(CorruptionError, match=r"tensor a\.weight, block") as caught:
+            rs.extrapolate(tmp_path / "store", tmp_path / "out", target_steps=[30], **options)
+        messages.append(str(caught.value))
+        assert not (tmp_path / "out").exists()
+    assert messages[0] == messages[1]
+    # And nothing of the output is left.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+def test_checkpoints_that_change_while_workers_read_are_noticed(
+    tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_trajectory(tmp_path, steps=range(1, 4))
+    path = min(run.directories[2].glob("*.safetensors"))
+    execute = cluster.Cluster.run
+
+    def change_after(*arguments, **options):  # type: ignore[no-untyped-def]
+        results = execute(*arguments, **options)
+        os.utime(path, ns=(1, 1))
+        return results
+
+    monkeypatch.setattr(cluster.Cluster, "run", change_after)
+    with pytest.raises(SourceError, match=f"{path}: changed while it was being read"):
+        build(run, tmp_path / "store", scheduler=scheduler)
+    assert not (tmp_path / "store" / "HEAD").exists()
+
+
+def test_the_memory_limit_is_of_each_process(
+    run: Trajectory, tmp_path: Path, scheduler: str
+) -> None:
+    with pytest.raises(MemoryLimitError, match="in each process of the cluster; raise"):
+        build(run, tmp_path / "store", scheduler=scheduler, memory_limit=1 << 20)
+
+
+def test_limits_of_workers_are_kept() -> None:
+    found = SimpleNamespace(resident_bytes=100 << 20, available_bytes=8 << 30, limit_bytes=0)
+    limit = cluster.Cluster(None)._limit_of
+    assert limit(found, 1) == planner.DEFAULT_LIMIT_BYTES
+    # Sixteen on a machine share what is free there.
+    assert limit(found, 16) == (100 << 20) + (8 << 30) // 16
+    assert limit(SimpleNamespace(**found.__dict__ | {"limit_bytes": 300 << 20}), 1) == 300 << 20
+    asked = cluster.Cluster(None, 2 << 30)._limit_of
+    assert asked(found, 16) == 2 << 30
+    assert asked(SimpleNamespace(**found.__dict__ | {"limit_bytes": 1 << 30}), 1) == 1 << 30
+
+
+def test_the_dashboard_is_named(scheduler: str) -> None:
+    progress = Recorder()
+    with open_executor(scheduler=scheduler, progress=progress):
+        pass
+    (event,) = progress.events
+    assert event[0] == "note"
+    assert re.fullmatch(
+        rf"dask scheduler at {scheduler}, dashboard at http://127\.0\.0\.1:\d+/status( \(.*\))?",
+        event[1],
+    )
+
+
+def test_nothing_of_distributed_is_loaded_without_a_cluster() -> None:
+    import subprocess
+    import sys
+
+    program = "import relex_stream.api, sys; print('distributed' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]
+
+
+def test_warnings_are_given_once_by_the_command(tmp_path: Path, scheduler: str) -> None:
+    run = make_trajectory(tmp_path, steps=range(1, 3), change_share=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(run, tmp_path / "store", scheduler=scheduler)
+    assert [str(warning.message).partition(" has")[0] for warning in caught] == ["step 1", "step 2"]
