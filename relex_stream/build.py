@@ -159,6 +159,7 @@ def build(
             places=places,
             plan=plan,
             bytes_before=bytes_before,
+            peak_bytes=executor.peak_bytes(),
             elapsed_s=time.monotonic() - started,
         )
 
@@ -469,6 +470,7 @@ def _summary(
     places: Sequence[CheckpointPlaces],
     plan: Plan,
     bytes_before: int,
+    peak_bytes: int,
     elapsed_s: float,
 ) -> BuildSummary:
     changed = sum(step.changed for step in added)
@@ -491,7 +493,7 @@ def _summary(
         changed_weights=changed,
         bits_per_changed_weight=8 * frame_bytes / changed if changed else 0.0,
         skipped_files=tuple(sorted({name for place in places for name in place.skipped_files})),
-        peak_memory_bytes=machine.peak_bytes(),
+        peak_memory_bytes=peak_bytes,
         elapsed_s=elapsed_s,
         plan=plan,
     )

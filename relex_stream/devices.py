@@ -7,6 +7,7 @@ a second, and the CPU's kernels do without.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import threading
@@ -63,14 +64,14 @@ def parse_devices(text: str) -> DeviceRequest:
     allowed = "auto, cpu, cuda, or a list such as cuda:0,cuda:2"
     if "cpu" in names and any(name.startswith("cuda") for name in names):
         raise OptionError(
-            f"devices {text!r} mix cpu and cuda, so that results would depend on which was free; "
+            f"--devices {text} mixes cpu and cuda, so that results would depend on which was free; "
             f"give {allowed}"
         )
     numbers = sorted(int(match[1]) for match in found if match)
     if len(numbers) < len(names):
-        raise OptionError(f"devices are {allowed}, not {text!r}")
+        raise OptionError(f"--devices takes {allowed}, not {text!r}")
     if len(set(numbers)) < len(numbers):
-        raise OptionError(f"devices {text!r} name one twice; give each once")
+        raise OptionError(f"--devices {text} names one twice; give each once")
     return DeviceRequest("cuda", tuple(numbers))
 
 
@@ -127,6 +128,16 @@ def find_devices(
     if request.kind == "cuda" and (missing or not numbers):
         raise DeviceError(_unseen(torch, missing, count))
     return tuple(_device(torch, number, memory_limit_bytes) for number in numbers)
+
+
+def wants_gpu_processes(request: DeviceRequest) -> bool:
+    """Say whether processes that are started for the work should have a GPU each.
+
+    With ``auto`` if there are GPUs, and dask-cuda, which shares them out.
+    """
+    if request.kind != "auto":
+        return request.kind == "cuda"
+    return importlib.util.find_spec("dask_cuda") is not None and _driver_present()
 
 
 def _driver_present() -> bool:

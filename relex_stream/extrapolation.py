@@ -35,7 +35,7 @@ from relex_stream.blocks import (
     model_shape,
     work_on_strips,
 )
-from relex_stream.devices import parse_devices
+from relex_stream.devices import parse_devices, wants_gpu_processes
 from relex_stream.errors import DeviceError, RelexStreamWarning
 from relex_stream.fit import hat_vector, output_weights, r_squared
 from relex_stream.graph import Executor, Stage, grouped, open_executor
@@ -275,7 +275,7 @@ def extrapolate_steps(
         open_executor(
             scheduler=scheduler,
             local_cluster=local_cluster,
-            local_gpus=parse_devices(devices).kind == "cuda",
+            local_gpus=wants_gpu_processes(parse_devices(devices)),
             workers=workers,
             memory_limit=memory_limit,
             progress=progress,
@@ -330,8 +330,16 @@ def extrapolate_steps(
                 )
                 _write_documents(store, request, figures, output)
                 output.finish()
+        peak_bytes = executor.peak_bytes()
     return _summary(
-        store, out, request, plan, figures, dry_run=dry_run, elapsed_s=time.monotonic() - started
+        store,
+        out,
+        request,
+        plan,
+        figures,
+        dry_run=dry_run,
+        peak_bytes=peak_bytes,
+        elapsed_s=time.monotonic() - started,
     )
 
 
@@ -625,6 +633,7 @@ def _summary(
     figures: Sequence[TensorFigures],
     *,
     dry_run: bool,
+    peak_bytes: int,
     elapsed_s: float,
 ) -> ExtrapolateSummary:
     explained, r2 = _medians(figures)
@@ -648,7 +657,7 @@ def _summary(
         median_r2=r2,
         bytes_read=sum(stage.read_bytes for stage in plan.stages),
         bytes_written=sum(stage.write_bytes for stage in plan.stages),
-        peak_memory_bytes=machine.peak_bytes(),
+        peak_memory_bytes=peak_bytes,
         elapsed_s=elapsed_s,
         plan=plan,
         figures=tuple(figures),

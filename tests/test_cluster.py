@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
-from relex_stream import planner
+from relex_stream import machine, planner
 from relex_stream.errors import (
     ClusterError,
     CorruptionError,
@@ -590,6 +590,14 @@ def test_the_memory_limit_is_of_each_process(
 ) -> None:
     with pytest.raises(MemoryLimitError, match="in each process of the cluster; raise"):
         build(run, tmp_path / "store", scheduler=scheduler, memory_limit=1 << 20)
+
+
+def test_the_peak_is_that_of_any_process(scheduler: str) -> None:
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        peak = cluster.Cluster(client).peak_bytes()
+        assert peak >= max(machine.peak_bytes(), *client.run(machine.peak_bytes).values())
+    huge = SimpleNamespace(run=lambda *_, **__: {"tcp://a": 1, "tcp://b": 1 << 50})
+    assert cluster.Cluster(huge).peak_bytes() == 1 << 50
 
 
 def test_limits_of_workers_are_kept() -> None:

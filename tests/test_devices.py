@@ -79,8 +79,8 @@ def test_devices_are_read(text, expected):
         ("cuda:99999", "not 'cuda:99999'"),
         ("cpu,cuda:0", "results would depend on which was free"),
         ("cuda,cpu", "results would depend on which was free"),
-        ("cuda:1,cuda:0,cuda:1", "name one twice"),
-        ("cuda:1,cuda:01", "name one twice"),
+        ("cuda:1,cuda:0,cuda:1", "names one twice"),
+        ("cuda:1,cuda:01", "names one twice"),
     ],
 )
 def test_anything_else_is_refused_in_one_line(text, reason):
@@ -181,6 +181,26 @@ def test_devices_that_are_not_there_are_an_error_of_one_line(fake_torch, there, 
 def test_without_cuda_its_error_says_what_torch_is():
     with pytest.raises(DeviceError, match=torch.__version__.replace("+", r"\+")):
         find_devices(parse_devices("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "dask_cuda", "driver", "wanted"),
+    [
+        ("cpu", True, True, False),
+        ("cuda", False, False, True),
+        ("auto", True, True, True),
+        ("auto", False, True, False),
+        ("auto", True, False, False),
+    ],
+)
+def test_processes_get_a_gpu_each_where_there_are_some(
+    monkeypatch, asked, dask_cuda, driver, wanted
+):
+    monkeypatch.setattr(devices, "_driver_present", lambda: driver)
+    monkeypatch.setattr(
+        devices.importlib.util, "find_spec", lambda _: object() if dask_cuda else None
+    )
+    assert devices.wants_gpu_processes(parse_devices(asked)) == wanted
 
 
 def test_the_cpu_is_chosen_without_importing_torch():

@@ -328,6 +328,11 @@ class Cluster:
         )
         return min(limit, worker.limit_bytes) if worker.limit_bytes else limit
 
+    def peak_bytes(self) -> int:
+        """As in `Executor`; of workers, since they were started."""
+        there: dict[str, int] = self._client.run(machine.peak_bytes, on_error="ignore")
+        return max([machine.peak_bytes(), *there.values()])
+
     def check_sees(self, paths: Sequence[Path]) -> None:
         """As in `Executor`."""
         for worker in self._ask_workers(None, None, paths):

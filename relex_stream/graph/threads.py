@@ -46,6 +46,9 @@ class Executor(Protocol):
             Naming the worker and the path.
         """
 
+    def peak_bytes(self) -> int:
+        """Return the most that any process held in memory, this one included."""
+
     def run(
         self,
         stage: Stage[Any, Any, Any],
@@ -127,6 +130,10 @@ class Threads:
 
     def check_sees(self, paths: Sequence[Path]) -> None:
         """Do nothing: they are this process's own."""
+
+    def peak_bytes(self) -> int:
+        """As in `Executor`."""
+        return machine.peak_bytes()
 
     def run(
         self,
