@@ -148,6 +148,8 @@ def build(
             progress=progress,
         )
         plan = job.plan(places, capacity, commit_steps=commit_steps)
+        if places and (idle := planner.idle_workers(plan, capacity)):
+            progress.note(idle)
         added = job.run(places, plan, commit_steps)
         finished = writer.store
         assert finished is not None

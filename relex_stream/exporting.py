@@ -137,6 +137,8 @@ def export_step(
         capacity,
         shared_bytes=planner.extrapolate_shared_bytes(shape, rows, 0, 0, 0),
     )
+    if idle := planner.idle_workers(plan, capacity):
+        progress.note(idle)
     with CheckpointReader() as reader, output:
         weights = open_base(store, base, reader)
         assembly.begin(output)

@@ -298,6 +298,8 @@ def extrapolate_steps(
             devices=offload.plan if offload is not None else None,
             devices_reason=devices_reason,
         )
+        if idle := planner.idle_workers(plan, capacity):
+            progress.note(idle)
         if not dry_run:
             with output:
                 executor.check_sees([output.filler.directory])

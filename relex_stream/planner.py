@@ -36,8 +36,8 @@ SUM_TREE_ALIVE = 16
 COMMIT_TARGET_BYTES = 256 << 30
 """Checkpoint bytes after which a build commits: what an interruption costs at most."""
 
-SKETCHES_BYTES = 16 << 20
-"""Sketches at hand, twice: those being worked on while the next are read."""
+SKETCHES_BYTES = 24 << 20
+"""Sketches at hand, three times: those that threads work on, and those being read."""
 
 CONTEXTS_BYTES = 4 << 20
 """What zstd keeps for a compressor and a decompressor.
@@ -322,6 +322,28 @@ def make_plan(stages: Sequence[StagePlan], capacity: Capacity, *, shared_bytes: 
         shared_bytes=shared_bytes,
         projected_bytes=fixed + chosen * widest.worker_bytes,
         stages=tuple(stages),
+    )
+
+
+def idle_workers(plan: Plan, capacity: Capacity) -> str | None:
+    """Return a line that says so where the memory limit keeps workers from working.
+
+    Examples
+    --------
+    >>> stage = StagePlan("write", 10, 0, 0, 100 << 20)
+    >>> here = Capacity(1, 8, False, reserved_bytes=200 << 20, memory_limit_bytes=512 << 20)
+    >>> idle_workers(make_plan([stage], here, shared_bytes=0), here)
+    '2 of 8 threads work, for the memory limit of 512 MiB; all do with --memory-limit 1040MiB'
+    """
+    if plan.workers >= capacity.workers:
+        return None
+    widest = max(stage.worker_bytes for stage in plan.stages)
+    wanted = plan.reserved_bytes + plan.shared_bytes + capacity.workers * widest
+    return (
+        f"{plan.workers} of {capacity.workers} threads work"
+        + (" in each process" if capacity.processes > 1 else "")
+        + f", for the memory limit of {_mib(plan.memory_limit_bytes)} MiB; "
+        f"all do with --memory-limit {_mib(wanted)}MiB"
     )
 
 

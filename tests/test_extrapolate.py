@@ -6,9 +6,10 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -729,3 +730,29 @@ def test_transformers_loads_the_output(tmp_path: Path, tied: bool) -> None:
     assert math.dist(ahead.flatten(), truth.flatten()) < 0.5 * math.dist(
         last.flatten(), truth.flatten()
     )
+
+
+def test_threads_that_the_memory_limit_keeps_idle_are_told_of(tmp_path: Path) -> None:
+    run = make_trajectory(tmp_path, steps=range(1, 4), tensors={"a.weight": (1100, 1000)})
+    rs.build_store(run.base, run.checkpoints, tmp_path / "store")
+
+    class Notes(NoProgress):
+        texts: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.texts.append(text)
+
+    options = {"target_steps": [9], "dry_run": True, "progress": Notes()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relex_stream.machine.usable_cores", lambda: 1000)
+        plan = rs.extrapolate(tmp_path / "store", tmp_path / "out", **options).plan  # type: ignore[arg-type]
+    (text,) = Notes.texts
+    assert text.startswith(f"{plan.workers} of 1000 threads work, for the memory limit of ")
+    # With the limit that it names they all do.
+    limit = int(re.search(r"--memory-limit (\d+)MiB", text)[1]) << 20  # type: ignore[index]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relex_stream.machine.usable_cores", lambda: 1000)
+        options["memory_limit"] = limit + (50 << 20)  # what the process itself took meanwhile
+        plan = rs.extrapolate(tmp_path / "store", tmp_path / "out", **options).plan  # type: ignore[arg-type]
+    assert plan.workers == 1000
+    assert len(Notes.texts) == 1

@@ -18,6 +18,8 @@ from relex_stream import build_store, extrapolate
 class Told:
     def start(self, stage, total_bytes):
         print(stage)
+    def note(self, text):
+        pass
     def advance(self, done_bytes):
         pass
     def finish(self):
