@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -179,9 +180,10 @@ class DeviceBlocks:
         with self._pool.borrow() as loan:
             for cuts in (whole, halves):
                 try:
-                    return work(loan, cuts)
-                except torch.cuda.OutOfMemoryError:
-                    pass
+                    return self._pool.on_its_thread(loan, partial(work, loan, cuts))
+                except RuntimeError as error:
+                    if not _is_out_of_memory(error):
+                        raise
                 # Not while the exception is handled: it holds the frames whose tensors are to go.
                 if loan.device.torch_device.startswith("cuda"):
                     torch.cuda.empty_cache()
@@ -199,3 +201,14 @@ class DeviceBlocks:
             RelexStreamWarning,
             stacklevel=2,
         )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether a device has no memory: torch's own class, or what CUDA and cuBLAS say.
+
+    Page-locked memory, and what cuBLAS wants to begin with, fail with a text only.
+    """
+    texts = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )

@@ -12,16 +12,19 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from relex_stream import planner
 from relex_stream.errors import DeviceError, OptionError
 
 if TYPE_CHECKING:
     import torch
+
+Result = TypeVar("Result")
 
 FREE_SHARE = 0.8
 """Of the memory free on a device, what we take if told nothing: others may want some."""
@@ -313,6 +316,7 @@ class DevicePool:
         self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
         self._streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+        self._threads: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
     @contextmanager
     def borrow(self) -> Iterator[Loan]:
@@ -328,6 +332,22 @@ class DevicePool:
                 yield loan
         finally:
             self._give_back(loan)
+
+    def on_its_thread(self, loan: Loan, function: Callable[[], Result]) -> Result:
+        """Call a function on the slot's own thread, with its device and stream, and wait.
+
+        cuBLAS keeps a workspace of 32 MiB for each pair of a thread and a stream: there are as many
+        as slots in this way, and not as many as workers and slots can be paired.
+        """
+        key = loan.number, loan.slot
+        if key not in self._threads:  # a slot is one thread's at a time, so nobody else makes it
+            self._threads[key] = ThreadPoolExecutor(1, thread_name_prefix="device")
+
+        def call() -> Result:
+            with self._current(loan):
+                return function()
+
+        return self._threads[key].submit(call).result()
 
     def _take(self) -> Loan:
         ticket = object()

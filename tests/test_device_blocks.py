@@ -341,6 +341,44 @@ def test_one_warning_also_from_several_threads(run):
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",  # of page-locked memory
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_other_words_for_lack_of_memory_are_known(run, text, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(text)
+
+    reader = reader_of(run)
+    monkeypatch.setattr("relex_stream.device_blocks.DenseBlock", fail)
+    with pytest.warns(RelexStreamWarning, match="has no memory for half of a block"):
+        found = work(pretend(), reader, largest_of(reader))
+    assert all(getattr(found, kind) is None for kind in KINDS)
+
+
+def test_each_slot_works_on_one_thread(run, monkeypatch):
+    # cuBLAS keeps memory for every pair of a thread and a stream.
+    pool = DevicePool([Device("pretend 0", "cpu", 1 << 30)], [2])
+    seen = {}
+    barrier = threading.Barrier(2, timeout=PATIENCE_S)
+
+    def use(_):
+        for _ in range(20):
+            with pool.borrow() as loan:
+                name = pool.on_its_thread(loan, lambda: threading.get_ident())
+                assert seen.setdefault(loan.slot, name) == name
+        barrier.wait()
+
+    for _ in range(3):  # other threads each time
+        with ThreadPoolExecutor(2) as executor:
+            list(executor.map(use, range(2)))
+    assert len(set(seen.values())) == len(seen) <= 2
+
+
 def test_other_errors_are_not_taken_for_lack_of_memory(run):
     reader = reader_of(run)
     at = largest_of(reader)
