@@ -283,7 +283,7 @@ def extrapolate_steps(
     ):
         weights_of_base = open_base(store, base, reader)
         offload, devices_reason = _choose_devices(
-            store, request, executor.places(), devices, device_memory_limit
+            store, request, executor.places(), devices, device_memory_limit, entry_capacity
         )
         # The disk has something to do while kernels are loaded.
         fetching: AbstractContextManager[Any] = nullcontext()
@@ -557,6 +557,7 @@ def _choose_devices(
     places: planner.Places,
     asked: str,
     memory_limit_bytes: int | None,
+    entry_capacity: int,
 ) -> tuple[Offload | None, str]:
     options, outputs = request.options, len(request.targets)
     changed = changed_tensors(store, options.rows)
@@ -573,6 +574,7 @@ def _choose_devices(
         basis=basis,
         passes=options.power_iterations if randomized else 1,
         outputs=outputs,
+        sweeps=_sweeps(store, options.rows, shape.largest_block, entry_capacity),
     )
     block_bytes = planner.device_block_bytes(
         shape.largest_block,
@@ -586,6 +588,12 @@ def _choose_devices(
     return choose_offload(
         asked, work, places, block_bytes=block_bytes, memory_limit_bytes=memory_limit_bytes
     )
+
+
+def _sweeps(store: Store, rows: int, largest_block: int, entry_capacity: int) -> int:
+    """Return how often the CPU decodes the fullest block for a Gram matrix; 0 if it is kept."""
+    fullest = int(store.changed[:rows].sum(axis=0, dtype=np.int64).max(initial=0))
+    return 0 if fullest <= entry_capacity else -(-largest_block // planner.gram_columns(rows))
 
 
 def _itemsizes(store: Store) -> tuple[int, int]:

@@ -481,6 +481,9 @@ class DeviceWork:
     passes : int
         Statistics passes.
     outputs : int
+    sweeps : int
+        How often the CPU decodes a block for a Gram matrix: 0 if its changes are kept between
+        sweeps, in all kinds of passes.
     """
 
     elements: int
@@ -491,6 +494,7 @@ class DeviceWork:
     basis: int
     passes: int
     outputs: int
+    sweeps: int = 0
 
 
 # Nanoseconds on one core, fitted to single-threaded timings of the compiled kernels on an AMD EPYC
@@ -507,6 +511,16 @@ CPU_OUTPUT_NS = (1.9, 2.4, 6.5, 0.3)
 """The same for outputs."""
 CPU_GRAM_NS = (2.0, 35.0, 1.7, 0.07)
 """Per element; per change while they are few; per change and per pair of rows if they are many."""
+# Where a block has more changes than are kept, they are decoded and made anew for each sweep. 512
+# Ki F32 weights x 50 steps that all change, through the stages (`python -m benchmarks devices`, one
+# thread, best of 3, decoding subtracted once): 26 ns per change for products of 8 columns, 17 for
+# an output, 70 for a Gram matrix (9 sweeps).
+CPU_AGAIN_PRODUCT_NS = (14.0, 1.5)
+"""Per change, per change and column; the second decoding is in it."""
+CPU_AGAIN_OUTPUT_NS = (15.0, 2.4)
+"""The same for outputs."""
+CPU_AGAIN_GRAM_NS = 7.5
+"""Per change and sweep."""
 CPU_STAGING_NS = 0.5
 """Per change, copied to where a device takes it from."""
 
@@ -521,11 +535,15 @@ DEVICE_FLOPS = 1e12
 """In float64: cards for games have 1e12 or less, an A100 19e12, an H100 67e12."""
 DEVICE_DENSE_BYTES = 240
 """Read and written per element and row by the operations that make D and use it, one by one."""
+DEVICE_PUT_BYTES = 200
+"""Read and written per change by those that put it into its place; counted in the code."""
 
 
 def projected_cpu_s(work: DeviceWork, cores: int) -> float:
     """Return how long an extrapolation takes on `cores` cores, by a model: seconds."""
     element, element_column, change, change_column = CPU_OUTPUT_NS
+    if work.sweeps:
+        change, change_column = CPU_AGAIN_OUTPUT_NS
     outputs = work.elements * (element + element_column * work.outputs)
     outputs += work.changes * (change + change_column * work.outputs)
     decoding = (work.passes + 1) * work.changes * CPU_DECODE_NS[work.itemsize]
@@ -535,10 +553,15 @@ def projected_cpu_s(work: DeviceWork, cores: int) -> float:
 def _cpu_pass_ns(work: DeviceWork) -> float:
     if work.basis:
         element, element_column, change, change_column = CPU_PRODUCT_NS
+        if work.sweeps:
+            change, change_column = CPU_AGAIN_PRODUCT_NS
         return work.elements * (element + element_column * work.basis) + work.changes * (
             change + change_column * work.basis
         )
     element, few, many, pair = CPU_GRAM_NS
+    if work.sweeps:
+        many += work.sweeps * CPU_AGAIN_GRAM_NS
+        few = many
     sparse = work.changes * few
     dense = work.changes * many + work.elements * work.rows**2 * pair
     return work.elements * element + min(sparse, dense)
@@ -549,7 +572,7 @@ def projected_device_s(work: DeviceWork, cores: int, devices: int) -> float:
 
     Frames are decoded by the cores as ever, while devices work on what was decoded before:
     whichever takes longer counts. That bounds what a device can gain where changes are many:
-    decoding them is a quarter of what the CPU alone takes.
+    decoding them is a fifth of what the CPU alone takes where all weights change.
     """
     passes = work.passes + 1
     per_change = CPU_DECODE_NS[work.itemsize] + CPU_STAGING_NS
@@ -558,6 +581,7 @@ def projected_device_s(work: DeviceWork, cores: int, devices: int) -> float:
     moved += work.elements * work.base_itemsize * (1 + work.outputs)
     dense = work.elements * work.rows
     touched = dense * (DEVICE_DENSE_BYTES * passes + 24 * work.outputs)
+    touched += passes * work.changes * DEVICE_PUT_BYTES
     operations = dense * 2 * (work.passes * (2 * work.basis or work.rows) + work.outputs)
     device_s = (
         moved / DEVICE_LINK_BYTES_PER_S

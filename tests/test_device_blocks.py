@@ -369,7 +369,7 @@ def test_each_slot_works_on_one_thread(run, monkeypatch):
     def use(_):
         for _ in range(20):
             with pool.borrow() as loan:
-                name = pool.on_its_thread(loan, lambda: threading.get_ident())
+                name = pool.on_its_thread(loan, threading.get_ident)
                 assert seen.setdefault(loan.slot, name) == name
         barrier.wait()
 

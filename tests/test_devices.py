@@ -294,7 +294,8 @@ def test_what_was_asked_for_is_not_weighed(fake_torch):
 
 
 def test_projections_grow_with_the_work_and_shrink_with_the_machine():
-    for work in (DENSE, SPARSE, replace(DENSE, basis=0), replace(SPARSE, basis=0)):
+    works = [DENSE, SPARSE, replace(DENSE, sweeps=9)]
+    for work in works + [replace(work, basis=0) for work in works]:
         cpu_s, device_s = planner.projected_cpu_s(work, 4), planner.projected_device_s(work, 4, 1)
         assert planner.projected_cpu_s(work, 8) == pytest.approx(cpu_s / 2)
         assert planner.projected_device_s(work, 8, 2) < device_s
@@ -303,6 +304,15 @@ def test_projections_grow_with_the_work_and_shrink_with_the_machine():
             assert planner.projected_cpu_s(larger, 4) > cpu_s
         wider = replace(work, elements=2 * work.elements, changes=2 * work.changes)
         assert planner.projected_device_s(wider, 4, 1) > device_s > planner.DEVICE_START_S
+
+
+def test_what_is_decoded_again_for_each_sweep_takes_the_cpu_longer():
+    for basis in (0, 8):
+        kept = replace(DENSE, basis=basis)
+        times = [planner.projected_cpu_s(replace(kept, sweeps=sweeps), 4) for sweeps in (0, 9)]
+        assert times[1] > 1.3 * times[0]
+        devices = {planner.projected_device_s(replace(kept, sweeps=n), 4, 1) for n in (0, 9)}
+        assert len(devices) == 1  # which keep it
 
 
 def test_a_device_gains_no_more_than_what_is_left_to_it():
