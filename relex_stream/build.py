@@ -74,14 +74,10 @@ def build(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
-        raise OptionError(
-            f"a block must be a multiple of 8 bytes up to {MAX_BLOCK_BYTES}, not {block_bytes}"
-        )
-    if not 0 <= seed < 1 << 63:
-        raise OptionError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
-    if workers is not None:
-        machine.wanted_workers(workers)
+    _check_options(block_bytes, seed, workers)
+    if scheduler is not None or local_cluster is not None:
+        # Workers have working directories of their own.
+        base, checkpoints, store = base.absolute(), checkpoints.absolute(), store.absolute()
     _refuse_overlap(base, checkpoints, store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
@@ -164,6 +160,17 @@ def build(
             peak_bytes=executor.peak_bytes(),
             elapsed_s=time.monotonic() - started,
         )
+
+
+def _check_options(block_bytes: int, seed: int, workers: int | None) -> None:
+    if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
+        raise OptionError(
+            f"a block must be a multiple of 8 bytes up to {MAX_BLOCK_BYTES}, not {block_bytes}"
+        )
+    if not 0 <= seed < 1 << 63:
+        raise OptionError(f"--seed must be from 0 to 2^63 - 1, not {seed}")
+    if workers is not None:
+        machine.wanted_workers(workers)
 
 
 def _refuse_overlap(base: Path, checkpoints: Path, store: Path) -> None:

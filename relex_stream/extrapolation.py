@@ -242,6 +242,9 @@ def extrapolate_steps(
     progress = progress or NoProgress()
     if workers is not None:
         machine.wanted_workers(workers)
+    if scheduler is not None or local_cluster is not None:
+        # Workers have working directories of their own.
+        store_path, base = store_path.absolute(), base and base.absolute()
     store = Store(store_path)
     request = check_request(
         store,

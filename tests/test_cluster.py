@@ -159,6 +159,25 @@ def test_a_cluster_of_this_machine_does_the_same(run: Trajectory, tmp_path: Path
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
+def test_relative_paths_are_those_of_the_command(
+    run: Trajectory, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.base.parent)
+    store = Path(os.path.relpath(tmp_path / "store"))
+    build(run, tmp_path / "here")
+    relative = Trajectory(
+        **run.__dict__ | {"base": Path("base"), "checkpoints": Path("checkpoints")}
+    )
+    build(relative, store, scheduler=scheduler)
+    assert tree(tmp_path / "store") == tree(tmp_path / "here")
+    for base in (None, "base"):
+        rs.extrapolate(
+            store, f"{store}.out", target_steps=[30], base=base, scheduler=scheduler, overwrite=True
+        )
+    rs.extrapolate(tmp_path / "here", tmp_path / "here.out", target_steps=[30])
+    assert tree(tmp_path / "store.out") == tree(tmp_path / "here.out")
+
+
 def test_a_scheduler_file_is_as_good_as_an_address(
     run: Trajectory, tmp_path: Path, scheduler: str
 ) -> None:
