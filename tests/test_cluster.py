@@ -336,6 +336,38 @@ def mortal() -> Iterator[distributed.Client]:
         yield client
 
 
+class Slow(Numbers):
+    """Says which process worked on each task, after a while."""
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        time.sleep(0.02)
+        return [np.eye(1, 2, os.getpid() % 2) for _ in tasks]
+
+
+def test_processes_get_equal_shares(
+    mortal: distributed.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # dask spreads what depends on little, by the prefix of keys: whole tensors must not share
+    # theirs with what finishes others.
+    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    monkeypatch.setattr(stages, "TASK_BYTES", 1)
+    pids = list(mortal.run(os.getpid).values())
+    if len({pid % 2 for pid in pids}) < 2:
+        mortal.run(_add_to_pid, workers=[next(iter(mortal.nthreads()))])
+    executor = cluster.Cluster(mortal)
+    executor.prepare(_no_warm_up, None, NoProgress())
+    groups = groups_of([9, *[1] * 150, 9, 9])
+    found = executor.run(Slow(), groups, workers=1, name="slow", progress=NoProgress())
+    shares = sum(found.values())[0]
+    assert shares.sum() == 150 + 27
+    assert shares.min() > 0.3 * shares.sum(), shares
+
+
+def _add_to_pid() -> None:
+    getpid = os.getpid
+    os.getpid = lambda: getpid() + 1
+
+
 def test_what_a_dead_worker_did_is_done_again(
     mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,15 +79,17 @@ def build_graph(
     at = (f"{name}-stage",)
     graph.tasks[at] = stage
     for number, bundle in enumerate(bundles(groups, task_bytes)):
-        done: Key = (f"{name}-finish", number)
-        graph.outputs[done] = tuple(group.key for group in bundle)
+        keys = tuple(group.key for group in bundle)
         if all(group.nbytes < task_bytes or len(group.tasks) == 1 for group in bundle):
+            # A prefix of their own: a cluster spreads evenly what depends on nothing, by prefixes.
+            done: Key = (f"{name}-tensors", number)
             size = sum(group.nbytes for group in bundle)
             graph.tasks[done] = (_Call(_run_whole, bundle, done, size), at)
-            graph.nbytes[done] = size
+            graph.nbytes[done], graph.outputs[done] = size, keys
             continue
         (group,) = bundle
-        _add_group(graph, at, group, number, task_bytes, name, begins=begins)
+        done = _add_group(graph, at, group, number, task_bytes, name, begins=begins)
+        graph.outputs[done] = keys
     return graph
 
 
@@ -100,7 +102,8 @@ def _add_group(
     name: str,
     *,
     begins: bool,
-) -> None:
+) -> Key:
+    """Add the tasks of a group that is more than one; return the key that ends it."""
     leaves, level = _cut(group, task_bytes)
     starts = range(0, len(group.tasks), leaves)
     value: tuple[Key, ...] = ()  # the key that gives it; without, it is what was given
@@ -126,6 +129,7 @@ def _add_group(
         if not last:
             graph.releases[key] = len(starts)
         value = (key,)
+    return key
 
 
 def _add_sums(
