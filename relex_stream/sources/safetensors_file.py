@@ -82,7 +82,7 @@ class _Checked(NamedTuple):
 _last_checked: dict[str, _Checked] = {}
 """By file name: checkpoints of a run have the same headers, megabytes where tensors are many."""
 
-_MOST_KEPT = 256
+_MOST_KEPT = 4096
 
 
 def _check(path: Path, raw_header: bytes, size: int) -> _Checked:
