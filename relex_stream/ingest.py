@@ -247,9 +247,8 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
     def _write(
         self, group: str, at: BlockOf, chunk_row: int, start: int, data: bytes | memoryview
     ) -> None:
-        if self._fenced:
-            self._fence.check()
-        path = write_frames(self._root, group, at.tensor, chunk_row, at.block, start, data)
+        fence = self._fence if self._fenced else None
+        path = write_frames(self._root, group, at.tensor, chunk_row, at.block, start, data, fence)
         if self._fenced:
             self.of_thread(_Paths).append(path)
 

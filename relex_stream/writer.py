@@ -7,6 +7,7 @@ directory renamed. Memory does not depend on the size of a file.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -203,7 +204,6 @@ class OutputDirectory:
     def __enter__(self) -> Self:
         with naming(f"preparing {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.mkdir(exist_ok=True)
             self._take_lock()
             try:
                 self._bring_back()
@@ -213,7 +213,7 @@ class OutputDirectory:
                         _remove(entry)
                 self._directory.mkdir()
             except BaseException:
-                self._give_up()
+                self._let_go()
                 raise
         return self
 
@@ -222,33 +222,47 @@ class OutputDirectory:
         if os.path.lexists(self._retired) and not os.path.lexists(self.path):
             os.rename(self._retired, self.path)
 
-    def _give_up(self) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        os.close(self._lock_descriptor)
-
     def _take_lock(self) -> None:
-        # A file, and open for writing: network file systems lock nothing else for other machines.
         place = self._partial / _LOCK_NAME
-        self._lock_descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock_descriptor)
-            raise OutputError(
-                f"another process is writing {self.path}; wait for it or end it"
-            ) from error
-        except OSError:
-            os.close(self._lock_descriptor)
-            raise
+        while True:
+            self._partial.mkdir(exist_ok=True)
+            # A file, and open for writing: network file systems lock nothing else for other hosts.
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise OutputError(
+                    f"another process is writing {self.path}; wait for it or end it"
+                ) from error
+            except OSError:
+                os.close(descriptor)
+                raise
+            # Its last holder may have removed it between the two calls.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(place)):
+                    self._lock_descriptor = descriptor
+                    return
+            os.close(descriptor)
+
+    def _let_go(self) -> None:
+        """Remove what only this run had, and give the lock back; nothing here is an error."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(self._partial / _LOCK_NAME)
+        os.close(self._lock_descriptor)
+        # Not before: network file systems keep another name of a file that is open.
+        with contextlib.suppress(OSError):
+            os.rmdir(self._partial)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._done:
-            os.close(self._lock_descriptor)
+            self._let_go()
             return
         try:
             self._bring_back()
         finally:
-            self._give_up()
+            self._let_go()
 
     # --- filling --------------------------------------------------------------------------------
 
@@ -340,7 +354,6 @@ class OutputDirectory:
             os.rename(self._directory, self.path)
             self._done = True
             _sync(self.path.parent)
-            _remove(self._partial)
             _remove(self._retired)
 
 

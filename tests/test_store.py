@@ -665,11 +665,12 @@ def test_tail_keeps_what_is_committed(tmp_path):
     path = tmp_path / "chunk"
     files.write_tail(path, 0, b"abc")
     files.write_tail(path, 3, b"de")
-    # Another may have written it already, and more.
-    files.write_tail(path, 0, b"abc")
-    files.write_tail(path, 3, b"d")
-    assert path.read_bytes() == b"abcde"
-    with pytest.raises(StoreError, match="holds 5 bytes, 9 are committed"):
+    files.write_tail(path, 3, b"f")
+    assert path.read_bytes() == b"abcf"
+    # One who helps may come after another, who has written it already, and more.
+    files.write_tail(path, 0, b"ab", check=lambda: None)
+    assert path.read_bytes() == b"abcf"
+    with pytest.raises(StoreError, match="holds 4 bytes, 9 are committed"):
         files.write_tail(path, 9, b"x")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -452,6 +453,58 @@ def test_a_relative_path_and_a_moved_working_directory(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     with OutputDirectory(writer.Path("out")) as output:
         monkeypatch.chdir(tmp_path / "elsewhere")
+        output.write_file("x", b"1")
+        output.finish()
+    assert tree(tmp_path) == {"out/x": b"1"}
+
+
+def test_a_file_system_that_keeps_names_of_open_files_is_no_error(tmp_path, monkeypatch):
+    # As NFS does: a file that is removed while it is open stays under another name until then.
+    unlink, close, kept = os.unlink, os.close, {}
+
+    def hide(path, **options):
+        if str(path).endswith("LOCK"):
+            hidden = f"{os.path.dirname(path)}/.nfs0001"
+            os.rename(path, hidden)
+            kept[os.stat(hidden).st_ino] = hidden
+            return
+        unlink(path, **options)
+
+    def forget(descriptor):
+        inode = os.fstat(descriptor).st_ino
+        close(descriptor)
+        if inode in kept:
+            unlink(kept.pop(inode))
+
+    monkeypatch.setattr(os, "unlink", hide)
+    monkeypatch.setattr(os, "close", forget)
+    write_output(tmp_path / "out", b"old")
+    write_output(tmp_path / "out", b"new", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_runs_have_directories_of_their_own(tmp_path):
+    # A task of a run that was given up may still be writing.
+    directories = set()
+    for _ in range(2):
+        with OutputDirectory(tmp_path / "out") as output:
+            directories.add(output.filler.directory)
+            assert output.filler.directory.is_dir()
+    assert len(directories) == 2
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    flock, opened = fcntl.flock, []
+
+    def removed_before(descriptor, kind):
+        if not opened:
+            opened.append(descriptor)
+            shutil.rmtree(tmp_path / ".out.relex-partial")
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with OutputDirectory(tmp_path / "out") as output:
+        assert (tmp_path / ".out.relex-partial" / "LOCK").exists()
         output.write_file("x", b"1")
         output.finish()
     assert tree(tmp_path) == {"out/x": b"1"}

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import queue
 import re
+import signal
 import threading
 import time
 import uuid
@@ -29,7 +30,7 @@ from relex_stream.errors import (
     RelexStreamError,
     RelexStreamWarning,
 )
-from relex_stream.graph.packed import TOPIC, PackedStage, tasks_running
+from relex_stream.graph.packed import TOPIC, PackedStage, abandon
 from relex_stream.graph.stages import TASK_BYTES, Group, Stage
 from relex_stream.graph.tasks import TaskGraph, build_graph
 from relex_stream.graph.threads import Executor, Threads, WarmUp
@@ -47,8 +48,16 @@ CONNECT_S = 15.0
 GPU = "GPU"
 """The resource by which workers say that they have a device."""
 
+DASK_SHARE = 0.75
+"""Of the memory limit that a worker has from dask, what we plan with."""
+
+NO_WORKERS_S = 60.0
+"""Seconds without any worker after which the work is given up."""
+
 ABANDON_S = 60.0
 """Seconds to wait for tasks that still run on workers after an error or an interruption."""
+
+_LOOK_S = 5.0
 
 _ADDRESS = re.compile(r"(?:[a-z]+://)?[^\s/]+:\d+", re.ASCII)
 
@@ -167,7 +176,8 @@ def _address_of(scheduler: str) -> str:
 def _local_cluster(processes: int, threads: int) -> Iterator[str]:
     from distributed import LocalCluster
 
-    with LocalCluster(
+    with _started(
+        LocalCluster,
         n_workers=processes,
         threads_per_worker=threads,
         processes=True,
@@ -181,6 +191,19 @@ def _local_cluster(processes: int, threads: int) -> Iterator[str]:
         yield cluster.scheduler_address
 
 
+def _started(kind: Any, **options: Any) -> Any:
+    """Start a cluster of this machine, whose processes leave Ctrl-C to this one."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        return kind(**options)
+    except RuntimeError as error:
+        raise ClusterError(f"no processes could be started: {_first_line(error)}") from error
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def _local_gpu_cluster(processes: int, threads: int) -> Iterator[str]:
     try:
@@ -191,7 +214,8 @@ def _local_gpu_cluster(processes: int, threads: int) -> Iterator[str]:
             "(https://docs.rapids.ai/api/dask-cuda); without it, give --devices cuda alone: one "
             "process uses all GPUs"
         ) from error
-    with LocalCUDACluster(
+    with _started(
+        LocalCUDACluster,
         n_workers=processes,
         threads_per_worker=threads,
         # dask-cuda does not declare the resource by itself.
@@ -210,7 +234,7 @@ def _connected(address: str) -> Iterator[Client]:
 
     try:
         client = Client(address, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of any kind: what answers may be anything
         raise ClusterError(
             f"no dask scheduler answers at {address}: {_first_line(error)}"
         ) from error
@@ -326,7 +350,10 @@ class Cluster:
             max(default, worker.resident_bytes + default // 2),
             worker.resident_bytes + worker.available_bytes // beside,
         )
-        return min(limit, worker.limit_bytes) if worker.limit_bytes else limit
+        if not worker.limit_bytes:
+            return limit
+        # Above 0.8 of that limit dask gives a worker nothing to do, and buffers stay as they are.
+        return min(limit, int(DASK_SHARE * worker.limit_bytes))
 
     def peak_bytes(self) -> int:
         """As in `Executor`; of workers, since they were started."""
@@ -446,6 +473,7 @@ class _Run:
     def results(self) -> Mapping[Any, list[Any]]:
         """Submit the graph and wait; return what its outputs give."""
         from distributed import CancelledError, KilledWorker
+        from distributed.comm.core import CommClosedError
 
         futures: list[Future] = []
         results: dict[Any, list[Any]] = {}
@@ -464,9 +492,7 @@ class _Run:
                 f"last of them {error.last_worker.address}; their logs say why (most often it is "
                 "memory: give --memory-limit, or start workers with fewer threads)"
             ) from error
-        except (CancelledError, OSError) as error:
-            if isinstance(error, RelexStreamError):
-                raise
+        except (CancelledError, CommClosedError) as error:
             raise ClusterError(
                 f"the cluster gave up the work ({_first_line(error)}); "
                 "is the scheduler still there? Run the command again"
@@ -489,8 +515,18 @@ class _Run:
         )
         waiting.start()
         left = len(futures)
+        idle_s = 0.0
         while left:
-            news = self._news.get()
+            try:
+                news = self._news.get(timeout=_LOOK_S)
+            except queue.Empty:
+                idle_s = 0.0 if self._client.nthreads() else idle_s + _LOOK_S
+                if idle_s >= NO_WORKERS_S:
+                    raise ClusterError(
+                        f"the cluster has had no workers for {NO_WORKERS_S:.0f} s; their logs say "
+                        "why they ended. Run the command again"
+                    ) from None
+                continue
             if isinstance(news, Exception):
                 raise news
             if isinstance(news, tuple):
@@ -524,20 +560,34 @@ class _Run:
 
         Who goes on after an error may write to the same files.
         """
-        with contextlib.suppress(Exception):
-            self._client.cancel(futures)
-            until = time.monotonic() + ABANDON_S
-            while time.monotonic() < until:
-                running = self._client.run(tasks_running, self._run, on_error="ignore")
-                if not any(running.values()):
-                    return
-                time.sleep(0.1)
+
+        def wait() -> None:
+            # On a thread: a worker that was stopped would never answer.
+            with contextlib.suppress(Exception):
+                self._cancel(futures)
+                while any(self._client.run(abandon, self._run, on_error="ignore").values()):
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=wait, name="relex-abandon", daemon=True)
+        thread.start()
+        thread.join(ABANDON_S)
+        if thread.is_alive():
             warnings.warn(
-                f"tasks still run on {sum(map(bool, running.values()))} worker(s); what they write "
-                "is left out, but restart these workers before the next run",
+                "tasks still run on workers, or these do not answer; what they write is left out, "
+                "but restart them before the next run",
                 RelexStreamWarning,
                 stacklevel=2,
             )
+
+    def _cancel(self, futures: list[Future]) -> None:
+        from distributed import Future as FutureOf
+
+        # By keys: an interruption may have come before there were futures.
+        wanted = {future.key for future in futures}
+        more: list[Future] = [
+            FutureOf(key, self._client) for key in self._graph.outputs if key not in wanted
+        ]
+        self._client.cancel([*futures, *more])
 
 
 def _prepare_worker(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -48,10 +49,12 @@ class PackedStage:
     @contextmanager
     def turn(self, key: Hashable, nbytes: int) -> Iterator[Stage[Any, Any, Any]]:
         """Wait for one of the process's workers; tell the client once the work is done."""
-        opened = self._open()
-        with opened.working():
-            yield opened.stage
-            opened.stage.settle()
+        with _counted(self._state.run):
+            opened = self._open()
+            with opened.slots:
+                _check_wanted(self._state.run)
+                yield opened.stage
+                opened.stage.settle()
         if isinstance(key, tuple):
             from distributed import get_worker
 
@@ -85,31 +88,64 @@ class _Opened:
                 f"a worker has other versions than the command that sends it work: {differs}; "
                 "install the same on all machines"
             )
-        # Our products are small, and a number of BLAS threads would show in the bits of sums.
-        limits = threadpool_limits(1, user_api="blas")
-        weakref.finalize(self, limits.restore_original_limits)
+        _blas.limit()
+        weakref.finalize(self, _blas.release)
         # Who may send tasks may have any code run: the cluster is trusted with that already.
         self.stage: Stage[Any, Any, Any] = pickle.loads(state.stage)  # noqa: S301
-        self.running = 0
-        self._slots = threading.BoundedSemaphore(state.workers)
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        with self._slots:
-            with _lock:
-                self.running += 1
-            try:
-                yield
-            finally:
-                with _lock:
-                    self.running -= 1
+        self.slots = threading.BoundedSemaphore(state.workers)
 
 
+class _Blas:
+    """Keeps BLAS at one thread while any stage is open here.
+
+    Our products are small, and a number of threads would show in the bits of sums.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limits: Any = None
+
+    def limit(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._limits = threadpool_limits(1, user_api="blas")
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._limits.restore_original_limits()
+
+
+_blas = _Blas()
 _lock = threading.Lock()
 _by_run: weakref.WeakValueDictionary[str, _Opened] = weakref.WeakValueDictionary()
+_running: Counter[str] = Counter()
+_abandoned: set[str] = set()
 
 
-def tasks_running(run: str) -> int:
-    """Return how many tasks of a run work in this process now."""
-    opened = _by_run.get(run)
-    return opened.running if opened is not None else 0
+@contextmanager
+def _counted(run: str) -> Iterator[None]:
+    """Count a task from before it opens anything, or refuse it."""
+    with _lock:
+        _check_wanted(run)
+        _running[run] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running[run] -= 1
+
+
+def _check_wanted(run: str) -> None:
+    if run in _abandoned:
+        raise ClusterError("the command that sent this task has given it up")
+
+
+def abandon(run: str) -> int:
+    """Have this process begin no more tasks of a run; return how many still work."""
+    with _lock:
+        _abandoned.add(run)
+        return _running[run]

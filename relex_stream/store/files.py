@@ -13,7 +13,7 @@ import fcntl
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,20 +35,39 @@ def write_file(path: Path | str, data: bytes) -> None:
         os.close(descriptor)
 
 
-def write_tail(path: Path | str, committed_bytes: int, data: bytes | memoryview) -> None:
+def write_tail(
+    path: Path | str,
+    committed_bytes: int,
+    data: bytes | memoryview,
+    check: Callable[[], None] | None = None,
+) -> None:
     """Put `data` right after the first `committed_bytes` of a file, which stay as they are.
 
-    Nothing is cut off behind them: two machines may be at the same work, one of which has been
-    given up for dead, and what one has written must not be taken away by the other.
+    Whatever lies behind them is cut off first; not with `check`, which those have who help a
+    writer elsewhere: two of them may be at the same work, one of which has been given up for dead,
+    and what one has written must not be taken away by the other.
+
+    Parameters
+    ----------
+    path : path
+    committed_bytes : int
+    data : bytes or memoryview
+    check : callable, optional
+        Called once the file is open; raises if nothing is to be written. What is removed after that
+        takes along what is written here.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        if check is not None:
+            check()
         size = os.fstat(descriptor).st_size
         if size < committed_bytes:
             raise StoreError(
                 f"{path} holds {size} bytes, {committed_bytes} are committed; "
                 "the store is damaged (see relex-stream verify)"
             )
+        if size > committed_bytes and check is None:
+            os.ftruncate(descriptor, committed_bytes)
         _write_all(descriptor, data, committed_bytes)
     finally:
         os.close(descriptor)

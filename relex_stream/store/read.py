@@ -202,8 +202,10 @@ class Store:
             path = self.record_path(self.head.commits[row])
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                os.preadv(descriptor, [sketches[row]], sketch_at + 2 * width * first)
-                os.preadv(descriptor, [scales[row]], scale_at + 4 * first)
+                done = os.preadv(descriptor, [sketches[row]], sketch_at + 2 * width * first)
+                done += os.preadv(descriptor, [scales[row]], scale_at + 4 * first)
+                if done != sketches[row].nbytes + scales[row].nbytes:
+                    raise CorruptionError(f"{self.path}: record {path.name} is cut short")
             finally:
                 os.close(descriptor)
         return sketches, scales

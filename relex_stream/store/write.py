@@ -57,6 +57,7 @@ def write_frames(
     block: int,
     committed: int,
     data: bytes | memoryview,
+    fence: Fence | None = None,
 ) -> str:
     """Put frames behind the committed bytes of a chunk. Idempotent; safe from any thread.
 
@@ -70,6 +71,8 @@ def write_frames(
         Bytes of the chunk that HEAD reaches.
     data : bytes or memoryview of bytes
         Whole frames.
+    fence : Fence, optional
+        For those who do not hold the lock themselves.
 
     Returns
     -------
@@ -78,7 +81,7 @@ def write_frames(
     """
     # No Path where tensors may be very many: making one costs as much as opening a file.
     path = f"{root}/{arrays.chunk_key(group, tensor, chunk_row, block)}"
-    files.write_tail(path, committed, data)
+    files.write_tail(path, committed, data, fence.check if fence is not None else None)
     return path
 
 
