@@ -576,7 +576,7 @@ def test_harness_sees_a_rename_that_is_never_made_safe(tmp_path, monkeypatch):
 def test_harness_sees_committed_bytes_written_over(tmp_path, monkeypatch):
     """A whole chunk written anew, as zarr itself does it, loses the committed frames."""
 
-    def write_anew(path: str, committed_bytes: int, data: bytes) -> None:
+    def write_anew(path: str, committed_bytes: int, data: bytes, check: object) -> None:
         before = Path(path).read_bytes()[:committed_bytes] if Path(path).exists() else b""
         files.write_file(path, before + data)
 
