@@ -8,6 +8,7 @@ the group's value. Which leaves are run together, and where, changes neither the
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -55,7 +56,7 @@ class Group(Generic[Task, Value]):
         return sum(self.task_bytes) * self.passes
 
 
-class Stage(Generic[Task, Value, Partial]):
+class Stage(ABC, Generic[Task, Value, Partial]):
     """What is done with groups; the base of every stage.
 
     Methods are called from several threads. A stage can be pickled if what it holds can: a cluster
@@ -92,20 +93,20 @@ class Stage(Generic[Task, Value, Partial]):
         """Return the values that groups begin with; by default what they were given."""
         return [group.given for group in groups]
 
+    @abstractmethod
     def work(self, tasks: Sequence[Task], values: Sequence[Value | None]) -> Sequence[Partial]:
         """Return a partial result for each task; `values` are those of the tasks' groups."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, partials: list[Partial]) -> Partial:
         """Combine partial results that stand next to each other in a group's order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, key: Hashable, value: Value | None, total: Partial, *, last: bool) -> Any:
         """Return a group's value from that before the pass and the combined results.
 
         `last` says that no other pass follows.
         """
-        raise NotImplementedError
 
     def fetch(self, tasks: Sequence[Task]) -> None:
         """Ask the system for what `work` will read, without waiting."""
