@@ -3,7 +3,7 @@
 It has a GPU's machine to itself and asks everything at once: what the device and its link can do at
 all, what each stage of a block takes of that, whether two blocks at a time are quicker, whether
 memory and bits are what was promised, what whole commands take with so many workers or on the
-device, and what all that says about the constants of `relex_stream.planner`.
+device, and what all that says about the constants of `relex_stream.costs`.
 
 On such a machine, in a checkout, with the packages installed, no network needed::
 
@@ -58,7 +58,7 @@ from benchmarks.commands import ModelSize, document, program, remove, run, work_
 from benchmarks.processes import BenchmarkError, Measurement, Program, alternate
 from benchmarks.report import Report, machine, median, process_row, publish, report_options
 from benchmarks.trajectory import PRESETS, Preset, step_directory, write_steps
-from relex_stream import devices, planner
+from relex_stream import costs, devices, planner
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY, BlockReader
 from relex_stream.blocks import BlockOf, Workspace
@@ -666,13 +666,13 @@ def bit_rows(block: OneBlock, device: Device) -> list[dict[str, Any]]:
 
 
 def cpu_rows(block: OneBlock, runs: int) -> list[dict[str, Any]]:
-    """Time what one thread of the CPU takes, beside what the planner's constants say."""
+    """Time what one thread of the CPU takes, beside what the constants of `costs` say."""
     rows = []
     for steps in sorted({max(2, block.rows // 3), block.rows}):
         stage, changes = block.statistics(steps), block.changes(steps)
         common = {"part": "cpu", "block": block.name, "steps": steps}
         decoding_s = _best(partial(block.decode, steps), runs)
-        model = 1e-9 * changes * planner.CPU_DECODE_NS[block.itemsize]
+        model = 1e-9 * changes * costs.CPU_DECODE_NS[block.itemsize]
         rows.append(_cpu_row(common, block, "decode", 0, changes, decoding_s, model))
         jobs: list[tuple[str, int, Callable[[], Any]]] = [
             ("gram", 0, partial(block.share, stage, None))
@@ -698,7 +698,7 @@ def cpu_rows(block: OneBlock, runs: int) -> list[dict[str, Any]]:
     room = torch.empty(1 << 20, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
     source = np.zeros_like(room)
     per_byte = _best(lambda: np.copyto(room, source), runs) / room.size
-    modelled = 1e-9 * planner.CPU_STAGING_NS * block.changes()
+    modelled = 1e-9 * costs.CPU_STAGING_NS * block.changes()
     seconds = per_byte * (4 + block.itemsize) * block.changes()
     common = {"part": "cpu", "block": block.name, "steps": block.rows}
     return [
@@ -731,9 +731,9 @@ def _cpu_row(
 
 
 _CPU_CONSTANTS: dict[str, Callable[[], tuple[float, ...]]] = {
-    "products": lambda: planner.CPU_PRODUCT_NS,
-    "outputs": lambda: planner.CPU_OUTPUT_NS,
-    "gram": lambda: planner.CPU_GRAM_NS,
+    "products": lambda: costs.CPU_PRODUCT_NS,
+    "outputs": lambda: costs.CPU_OUTPUT_NS,
+    "gram": lambda: costs.CPU_GRAM_NS,
 }
 
 
@@ -742,7 +742,7 @@ def _cpu_counts(kind: str, block: OneBlock, changes: int, steps: int, columns: i
     elements = block.elements
     if kind != "gram":
         return [elements, elements * columns, changes, changes * columns]
-    _, few, many, pair = planner.CPU_GRAM_NS
+    _, few, many, pair = costs.CPU_GRAM_NS
     if changes * few <= changes * many + elements * steps**2 * pair:
         return [elements, changes, 0, 0]
     return [elements, 0, changes, elements * steps**2]
@@ -891,14 +891,14 @@ def _weights_of(model: Path) -> Iterator[tuple[str, Bits]]:
                 yield name, data[first:last].view(f"u{width}")
 
 
-def work_of(store_path: Path, route: str, rows: int) -> planner.DeviceWork:
-    """Return an extrapolation to one target as the planner sees it when it chooses devices."""
+def work_of(store_path: Path, route: str, rows: int) -> costs.DeviceWork:
+    """Return an extrapolation to one target as `costs` sees it when devices are chosen."""
     store = Store(store_path)
     options = SubspaceOptions(rows, 1, route, 1)
     changed = changed_tensors(store, rows)
     _, randomized = split_routes(changed, options)
     tracked = [tensor for tensor in store.manifest.tensors if tensor.kind == "tracked"]
-    return planner.DeviceWork(
+    return costs.DeviceWork(
         elements=sum(tensor.elements for tensor in changed),
         changes=int(store.changed[:rows].sum(dtype=np.int64)),
         rows=rows,
@@ -1123,11 +1123,11 @@ def default_limit_note(settings: Settings, root: Path, work: Path) -> str:
     )
 
 
-# --- what it says about the planner --------------------------------------------------------------
+# --- what it says about the cost model ----------------------------------------------------------
 
 
 def suggested_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, str]]:
-    """Return values for constants of `planner`, as far as measured, and what each comes from.
+    """Return values for constants of `costs`, as far as measured, and what each comes from.
 
     Parameters
     ----------
@@ -1239,7 +1239,7 @@ def fit_nonnegative(
 def add_projections(
     rows: Sequence[dict[str, Any]], constants: Mapping[str, tuple[Any, str]]
 ) -> None:
-    """Put beside each command what the planner projects, now and with other constants."""
+    """Put beside each command what the cost model projects, now and with other constants."""
     measured = [row for row in rows if row["part"] == "commands"]
     starts = [
         row["in_process_s"]
@@ -1247,16 +1247,16 @@ def add_projections(
         if row["case"] == START_CASE.name and row["kind"] == "cpu"
     ]
     for row in measured:
-        work, cores, kind = planner.DeviceWork(**row["work"]), row["workers"], row["kind"]
-        projected = partial(planner.projected_cpu_s, work, cores)
+        work, cores, kind = costs.DeviceWork(**row["work"]), row["workers"], row["kind"]
+        projected = partial(costs.projected_cpu_s, work, cores)
         if kind != "cpu":
-            projected = partial(planner.projected_device_s, work, cores, 1)
-        # The planner does not count what any command takes to begin.
+            projected = partial(costs.projected_device_s, work, cores, 1)
+        # The model does not count what any command takes to begin.
         row["without_start_s"] = max(0.0, row["in_process_s"] - min(starts, default=0.0))
         row["projected_s"] = projected()
         values = {name: value for name, (value, _) in constants.items()}
         if values:
-            with mock.patch.multiple(planner, **values):
+            with mock.patch.multiple(costs, **values):
                 row["projected_anew_s"] = projected()
 
 
@@ -1266,7 +1266,7 @@ def constant_rows(constants: Mapping[str, tuple[Any, str]]) -> list[dict[str, An
         {
             "part": "constants",
             "constant": name,
-            "now": _shown(getattr(planner, name)),
+            "now": _shown(getattr(costs, name)),
             "measured": _shown(value),
             "from": source,
             "value": list(value.items() if isinstance(value, dict) else np.ravel(value).tolist()),

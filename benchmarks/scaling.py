@@ -35,7 +35,7 @@ from benchmarks.commands import work_directory
 from benchmarks.processes import BenchmarkError
 from benchmarks.report import Report, median, output_options, publish
 from benchmarks.trajectory import PRESETS, Preset, Shapes
-from relex_stream import planner
+from relex_stream import costs, planner
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
@@ -334,7 +334,7 @@ def graph_rows(
     total = sum(group.nbytes for group in groups)
     rows: list[dict[str, Any]] = []
     for count in threads:
-        task_bytes = planner.cluster_task_bytes(total, count, TASK_BYTES)
+        task_bytes = costs.cluster_task_bytes(total, count, TASK_BYTES)
         started = time.process_time()
         graph = build_graph(
             _Nowhere(), groups, begins=stage == "statistics", task_bytes=task_bytes, name="relex-1"
@@ -807,7 +807,7 @@ def graph_counts(
         _Nowhere(),
         groups,
         begins=begins,
-        task_bytes=planner.cluster_task_bytes(total, threads, TASK_BYTES),
+        task_bytes=costs.cluster_task_bytes(total, threads, TASK_BYTES),
         name="relex-1",
     )
     return {
@@ -981,7 +981,7 @@ def project(
         nanoseconds = batch * (BUILD_NS["byte"] * model.nbytes + BUILD_NS["change"] * changes)
         nanoseconds += batch * BUILD_NS["tensor"] * client["tensors"]
         nanoseconds += BUILD_NS["byte"] * model.nbytes
-        nanoseconds += rows * planner.CPU_DECODE_NS[2] * changes
+        nanoseconds += rows * costs.CPU_DECODE_NS[2] * changes
         build["cores"] += nanoseconds * 1e-9 / threads
         build["scheduler"] += tasks["build", STEP_GROUP, threads] * site.task_s
         build["opening"] += client["open store_s"] + rows * client["tables_s"]
@@ -1148,9 +1148,9 @@ def command(
             )
     for row in rows:
         report.add(row)
-    costs = [row["scheduler per task, ms"] for row in rows if row["part"] == "no work"]
-    site = Site(node_cores, node_gb_s * 1e9, all_gb_s * 1e9, median(costs) / 1e3)
-    for row in size_rows((planner.SCHEDULER_SHARE,), threads, site.task_s):
+    measured_ms = [row["scheduler per task, ms"] for row in rows if row["part"] == "no work"]
+    site = Site(node_cores, node_gb_s * 1e9, all_gb_s * 1e9, median(measured_ms) / 1e3)
+    for row in size_rows((costs.SCHEDULER_SHARE,), threads, site.task_s):
         report.add(row)
     for name in names:
         model = MODELS[name]()
@@ -1166,8 +1166,8 @@ def command(
     report.note(
         f"A task costs the scheduler {1e3 * site.task_s:.2f} ms of its processor here (median of "
         "the runs without work, less what it takes without tasks, "
-        f"{100 * cluster.idle_share:.1f} % of a processor); the planner counts "
-        f"{1e3 * planner.SCHEDULER_TASK_S:.2f}."
+        f"{100 * cluster.idle_share:.1f} % of a processor); `costs` counts "
+        f"{1e3 * costs.SCHEDULER_TASK_S:.2f}."
     )
     _publish_parts(report, json_path=json_path, markdown=markdown)
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from relex_stream import planner
+from relex_stream import costs, planner
 from relex_stream.errors import DeviceError, OptionError
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class DeviceChoice:
 
 def choose_devices(
     request: DeviceRequest,
-    work: planner.DeviceWork,
+    work: costs.DeviceWork,
     *,
     cores: int,
     block_bytes: int,
@@ -240,16 +240,16 @@ def choose_devices(
 
 def _projected_faster(
     request: DeviceRequest,
-    work: planner.DeviceWork,
+    work: costs.DeviceWork,
     cores: int,
     block_bytes: int,
     memory_limit_bytes: int | None,
 ) -> DeviceChoice:
-    cpu_s = planner.projected_cpu_s(work, cores)
+    cpu_s = costs.projected_cpu_s(work, cores)
     on_cpu = f"{cpu_s:.1f} s projected on {cores} core(s)"
-    if cpu_s <= planner.DEVICE_START_S:
+    if cpu_s <= costs.DEVICE_START_S:
         # Not even looked for: that alone takes a good part of what it could gain.
-        start = f"a device would take {planner.DEVICE_START_S:.1f} s to start"
+        start = f"a device would take {costs.DEVICE_START_S:.1f} s to start"
         return DeviceChoice((), f"The CPU, with {on_cpu}: {start}.")
     found = find_devices(request, memory_limit_bytes)
     fitting = tuple(device for device in found if device.memory_limit_bytes >= block_bytes)
@@ -258,7 +258,7 @@ def _projected_faster(
         if found:
             lack = f"a block takes {block_bytes >> 20} MiB, more than {_names(found)} may give"
         return DeviceChoice((), f"The CPU, with {on_cpu}: {lack}.")
-    device_s = planner.projected_device_s(work, cores, len(fitting))
+    device_s = costs.projected_device_s(work, cores, len(fitting))
     on_devices = f"{device_s:.1f} s projected on {_names(fitting)}"
     if device_s < cpu_s:
         return DeviceChoice(fitting, f"CUDA, with {on_devices}: {on_cpu}.")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream import cards, machine, planner
+from relex_stream import cards, costs, machine, planner
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights, base_directory, open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY, BlockReader, fetch_blocks
@@ -568,7 +568,7 @@ def _choose_devices(
     basis = basis_columns(options) if randomized else 0
     itemsize, base_itemsize = _itemsizes(store)
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
-    work = planner.DeviceWork(
+    work = costs.DeviceWork(
         elements=sum(tensor.elements for tensor in changed),
         changes=int(store.changed[: options.rows].sum(dtype=np.int64)),
         rows=options.rows,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream import devices, planner
+from relex_stream import costs, devices, planner
 from relex_stream.block_reader import BlockReader
 from relex_stream.blocks import BlockOf, Blocks, float_formats
 from relex_stream.devices import Device, DevicePool, DeviceRequest
@@ -114,7 +114,7 @@ def kind_for(offload: Offload | None, at: BlockOf) -> Hashable:
 
 def choose_offload(
     asked: str,
-    work: planner.DeviceWork,
+    work: costs.DeviceWork,
     places: planner.Places,
     *,
     block_bytes: int,
@@ -175,7 +175,7 @@ def _planned(names: Sequence[str], limit: int, block_bytes: int, cores: int) -> 
 
 def _on_cluster(
     request: DeviceRequest,
-    work: planner.DeviceWork,
+    work: costs.DeviceWork,
     places: planner.Places,
     block_bytes: int,
     memory_limit_bytes: int | None,
@@ -193,8 +193,8 @@ def _on_cluster(
                 "that do with: dask worker --resources GPU=1"
             )
         return None, "The CPU: no worker of the cluster has the resource GPU."
-    cpu_s = planner.projected_cpu_s(work, places.cores)
-    device_s = planner.projected_device_s(work, places.gpu_cores, places.gpu_workers)
+    cpu_s = costs.projected_cpu_s(work, places.cores)
+    device_s = costs.projected_device_s(work, places.gpu_cores, places.gpu_workers)
     figures = (
         f"{device_s:.1f} s projected on {places.gpu_workers} GPU(s), "
         f"{cpu_s:.1f} s on {places.cores} core(s)"

@@ -22,7 +22,7 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import relex_stream as rs
-from relex_stream import machine, planner
+from relex_stream import costs, machine, planner
 from relex_stream.errors import (
     ClusterError,
     CorruptionError,
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have stages of a few kilobytes cut into many tasks, as large ones are."""
     monkeypatch.setattr(stages, "TASK_BYTES", 4 << 10)
-    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: 16 << 10)
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: 16 << 10)
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -282,7 +282,7 @@ def test_no_more_tasks_run_in_a_process_than_it_has_memory_for(
         executor = cluster.Cluster(client)
         executor.prepare(_no_warm_up, None, NoProgress())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(planner, "cluster_task_bytes", lambda *_: 1)
+            patch.setattr(costs, "cluster_task_bytes", lambda *_: 1)
             most = executor.run(
                 AtATime(), groups, workers=workers, name="at a time", progress=NoProgress()
             )
@@ -354,7 +354,7 @@ def test_processes_get_equal_shares(
 ) -> None:
     # dask spreads what depends on little, by the prefix of keys: whole tensors must not share
     # theirs with what finishes others.
-    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     monkeypatch.setattr(stages, "TASK_BYTES", 1)
     pids = list(mortal.run(os.getpid).values())
     if len({pid % 2 for pid in pids}) < 2:
@@ -376,7 +376,7 @@ def _add_to_pid() -> None:
 def test_what_a_dead_worker_did_is_done_again(
     mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     groups = groups_of([20, 1, 9])
     progress = Recorder()
     executor = cluster.Cluster(mortal)
@@ -396,7 +396,7 @@ def test_what_a_dead_worker_did_is_done_again(
 def test_a_task_that_ends_every_worker_is_given_up(
     mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     executor = cluster.Cluster(mortal)
     executor.prepare(_no_warm_up, None, NoProgress())
     with pytest.raises(ClusterError, match="was running on 4 workers when they died"):
@@ -473,7 +473,7 @@ class Stuck(Numbers):
 def test_after_an_error_no_task_is_left_running(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     with distributed.Client(scheduler, set_as_default=False) as client:
         executor = cluster.Cluster(client)
         executor.prepare(_no_warm_up, None, NoProgress())
@@ -538,7 +538,7 @@ class Settles(Numbers):
 def test_what_a_task_wrote_is_on_the_disk_before_it_counts(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     with distributed.Client(scheduler, set_as_default=False) as client:
         executor = cluster.Cluster(client)
         executor.prepare(_no_warm_up, None, NoProgress())

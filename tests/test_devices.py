@@ -18,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relex_stream import devices, planner
+from relex_stream import costs, devices, planner
+from relex_stream.costs import DeviceWork
 from relex_stream.devices import (
     Device,
     DevicePool,
@@ -29,7 +30,6 @@ from relex_stream.devices import (
     slots_of,
 )
 from relex_stream.errors import DeviceError, OptionError, RelexStreamError
-from relex_stream.planner import DeviceWork
 
 GIB = 1 << 30
 PATIENCE_S = 30
@@ -206,9 +206,9 @@ def test_processes_get_a_gpu_each_where_there_are_some(
 def test_the_cpu_is_chosen_without_importing_torch():
     code = (
         "import sys\n"
-        "from relex_stream import devices, planner\n"
-        "little = planner.DeviceWork(10**6, 10**5, 10, 2, 2, 8, 1, 1)\n"
-        "much = planner.DeviceWork(10**10, 10**12, 100, 4, 4, 8, 1, 1)\n"
+        "from relex_stream import costs, devices\n"
+        "little = costs.DeviceWork(10**6, 10**5, 10, 2, 2, 8, 1, 1)\n"
+        "much = costs.DeviceWork(10**10, 10**12, 100, 4, 4, 8, 1, 1)\n"
         "for text, work in (('cpu', much), ('auto', little)):\n"
         "    choice = devices.choose_devices(\n"
         "        devices.parse_devices(text), work, cores=2, block_bytes=1)\n"
@@ -246,8 +246,8 @@ def test_auto_takes_devices_where_changes_are_dense(fake_torch):
     fake_torch(2)
     choice = choice_of("auto", DENSE)
     assert [device.torch_device for device in choice.devices] == ["cuda:0", "cuda:1"]
-    cpu_s = planner.projected_cpu_s(DENSE, 16)
-    device_s = planner.projected_device_s(DENSE, 16, 2)
+    cpu_s = costs.projected_cpu_s(DENSE, 16)
+    device_s = costs.projected_device_s(DENSE, 16, 2)
     assert choice.reason == (
         f"CUDA, with {device_s:.1f} s projected on Some GPU (cuda:0), Some GPU (cuda:1): "
         f"{cpu_s:.1f} s projected on 16 core(s)."
@@ -259,7 +259,7 @@ def test_auto_takes_the_cpu_where_changes_are_sparse(fake_torch):
     work = replace(SPARSE, elements=100 * SPARSE.elements, changes=100 * SPARSE.changes)
     choice = choice_of("auto", work)
     assert choice.devices == ()
-    for seconds in (planner.projected_cpu_s(work, 16), planner.projected_device_s(work, 16, 1)):
+    for seconds in (costs.projected_cpu_s(work, 16), costs.projected_device_s(work, 16, 1)):
         assert f"{seconds:.1f} s projected on " in choice.reason
 
 
@@ -291,36 +291,6 @@ def test_what_was_asked_for_is_not_weighed(fake_torch):
     assert len(choice_of("cuda", little, block_bytes=1 << 60).devices) == 1
     assert choice_of("cpu", DENSE).devices == ()
     assert choice_of("cuda", little, limit=77).devices[0].memory_limit_bytes == 77
-
-
-def test_projections_grow_with_the_work_and_shrink_with_the_machine():
-    works = [DENSE, SPARSE, replace(DENSE, sweeps=9)]
-    for work in works + [replace(work, basis=0) for work in works]:
-        cpu_s, device_s = planner.projected_cpu_s(work, 4), planner.projected_device_s(work, 4, 1)
-        assert planner.projected_cpu_s(work, 8) == pytest.approx(cpu_s / 2)
-        assert planner.projected_device_s(work, 8, 2) < device_s
-        for field in ("elements", "changes", "passes", "outputs"):
-            larger = replace(work, **{field: 2 * getattr(work, field)})
-            assert planner.projected_cpu_s(larger, 4) > cpu_s
-        wider = replace(work, elements=2 * work.elements, changes=2 * work.changes)
-        assert planner.projected_device_s(wider, 4, 1) > device_s > planner.DEVICE_START_S
-
-
-def test_what_is_decoded_again_for_each_sweep_takes_the_cpu_longer():
-    for basis in (0, 8):
-        kept = replace(DENSE, basis=basis)
-        times = [planner.projected_cpu_s(replace(kept, sweeps=sweeps), 4) for sweeps in (0, 9)]
-        assert times[1] > 1.3 * times[0]
-        devices = {planner.projected_device_s(replace(kept, sweeps=n), 4, 1) for n in (0, 9)}
-        assert len(devices) == 1  # which keep it
-
-
-def test_a_device_gains_no_more_than_what_is_left_to_it():
-    # Frames are decoded by the cores whatever happens: with a device without end, about three times
-    # as fast for dense float32.
-    cpu_s = planner.projected_cpu_s(DENSE, 16)
-    device_s = planner.projected_device_s(DENSE, 16, 10**6) - planner.DEVICE_START_S
-    assert 2.5 < cpu_s / device_s < 4
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -76,6 +76,7 @@ ROOMS = {
     "sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
     "fit": Room(set(), {"numpy"}, pure=True),
     "planner": Room(pure=True),
+    "costs": Room(pure=True),
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
     "paths": Room(),
@@ -93,7 +94,7 @@ ROOMS = {
     "versions": Room({"_version"}),
     # The only room that knows dask.
     "graph": Room(
-        {"machine", "planner", "versions"},
+        {"machine", "planner", "costs", "versions"},
         {"dask", "dask_cuda", "distributed", "numpy", "threadpoolctl"},
     ),
     # What several stages share: a block across its steps, a file put together from blocks.
@@ -107,13 +108,13 @@ ROOMS = {
         {"numpy"},
     ),
     # Both of torch's imports there are deferred: the CPU's path does without.
-    "devices": Room({"planner"}, {"torch"}),
+    "devices": Room({"planner", "costs"}, {"torch"}),
     "device_blocks": Room(
         {"dense", "devices", "planner", "blocks", "block_reader", "ulp"}, {"numpy", "torch"}
     ),
     # What a stage asks: whether devices work on a block, wherever it runs.
     "offload": Room(
-        {"block_reader", "blocks", "device_blocks", "devices", "planner", "ulp"}, {"numpy"}
+        {"block_reader", "blocks", "device_blocks", "devices", "planner", "costs", "ulp"}, {"numpy"}
     ),
     "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
     "matching": Room({"ulp", "store"}, {"numpy"}),
@@ -127,7 +128,7 @@ ROOMS = {
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
     "extrapolation": Room(
         BELOW_STAGES
-        | {"assemble", "cards", "devices", "offload", "request", "subspaces", "warmup"},
+        | {"assemble", "cards", "costs", "devices", "offload", "request", "subspaces", "warmup"},
         {"numpy"} | CHECKSUM,
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),

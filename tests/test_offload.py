@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import relex_stream as rs
-from relex_stream import dense, device_blocks, devices, offload, planner
+from relex_stream import costs, dense, device_blocks, devices, offload
+from relex_stream.costs import DeviceWork
 from relex_stream.devices import Device
 from relex_stream.errors import DeviceError, MemoryLimitError, OptionError, RelexStreamWarning
 from relex_stream.offload import Offload, choose_offload
-from relex_stream.planner import DeviceWork, Places
+from relex_stream.planner import Places
 from relex_stream.summaries import DevicePlan
 from tests.make_checkpoints import Trajectory, make_trajectory
 from tests.oracle import ulp_distance
@@ -230,8 +231,8 @@ def test_a_cluster_has_the_devices_that_its_workers_say() -> None:
     assert (found.plan.names, reason) == (("2 GPU worker(s)",), "CUDA was asked for.")
     assert found.plan.slots == 4  # eight threads, two devices
     assert found.share == 0.25
-    cpu_s = planner.projected_cpu_s(WORK, 16)
-    device_s = planner.projected_device_s(WORK, 8, 2)
+    cpu_s = costs.projected_cpu_s(WORK, 16)
+    device_s = costs.projected_device_s(WORK, 8, 2)
     found, reason = choose("auto", some)
     assert (found is not None) == (device_s < cpu_s)
     assert f"{device_s:.1f} s projected on 2 GPU(s), {cpu_s:.1f} s on 16 core(s)" in reason

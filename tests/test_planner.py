@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 
 from relex_stream import planner
 from relex_stream.errors import MemoryLimitError
-from relex_stream.graph.stages import TASK_BYTES
 from relex_stream.planner import (
     Capacity,
     ModelShape,
-    cluster_task_bytes,
     commit_batch,
     gram_columns,
     make_plan,
@@ -289,16 +287,3 @@ def test_a_plan_for_a_cluster_is_that_of_each_process():
     assert replace(many, processes=1) == one
     with pytest.raises(MemoryLimitError, match="1000 MiB in each process of the cluster; raise"):
         make_plan([stage("a", 999 * MIB)], replace(here, processes=2), shared_bytes=0)
-
-
-@given(total=st.integers(0, 1 << 60), workers=st.integers(1, 4096))
-def test_tasks_of_a_cluster_leave_the_scheduler_its_share(total, workers):
-    size = cluster_task_bytes(total, workers, TASK_BYTES)
-    assert size >= TASK_BYTES
-    # At their quickest, all threads together finish a task in so many seconds.
-    each_s = size / planner._WORK_BYTES_PER_S / workers
-    kept_up = planner.SCHEDULER_SHARE * each_s * 1.000001 >= planner.SCHEDULER_TASK_S
-    few = total < size * workers * planner._TASKS_PER_WORKER + size * workers
-    assert kept_up or few
-    # And all have work, unless it is not worth cutting any more.
-    assert size == TASK_BYTES or total >= size * workers * planner._TASKS_PER_WORKER

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relex_stream import machine, planner
+from relex_stream import costs, machine, planner
 from relex_stream.errors import (
     ClusterError,
     MissingDependencyError,
@@ -434,7 +434,7 @@ class Cluster:
             PackedStage(stage, run, workers),
             groups,
             begins=stage.begins,
-            task_bytes=planner.cluster_task_bytes(total, self._threads, TASK_BYTES),
+            task_bytes=costs.cluster_task_bytes(total, self._threads, TASK_BYTES),
             name=run,
         )
         progress.start(name, total)

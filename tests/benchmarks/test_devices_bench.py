@@ -23,7 +23,7 @@ from benchmarks import devices as bench
 from benchmarks.__main__ import cli
 from benchmarks.processes import BenchmarkError, Measurement, measure
 from benchmarks.trajectory import PRESETS, write_steps
-from relex_stream import devices, planner
+from relex_stream import costs, devices
 
 PATIENCE_S = 30
 
@@ -102,7 +102,7 @@ def test_everything_is_measured_and_said_to_mean_nothing(pretend_in_process, tmp
         assert (row["blocks at a time"] is None) == (name != "cuda")
     told = {row["constant"] for row in rows["constants"]}
     # CPU_AGAIN_..., for blocks whose changes are not kept, are for people to take from "cpu".
-    cpu = {name for name in vars(planner) if re.fullmatch(r"CPU_(?!AGAIN_)\w+_NS", name)}
+    cpu = {name for name in vars(costs) if re.fullmatch(r"CPU_(?!AGAIN_)\w+_NS", name)}
     assert told == cpu | {
         "DEVICE_START_S",
         "DEVICE_LINK_BYTES_PER_S",
