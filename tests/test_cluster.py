@@ -32,7 +32,16 @@ from relex_stream.errors import (
     SourceError,
     StoreError,
 )
-from relex_stream.graph import Stage, cluster, open_executor, packed, run_in_order, stages
+from relex_stream.graph import (
+    Stage,
+    cluster,
+    connect,
+    open_executor,
+    packed,
+    run_in_order,
+    stages,
+    workers,
+)
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import NoProgress
 from relex_stream.store import Store, StoreWriter
@@ -674,7 +683,7 @@ def test_without_distributed_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_S", 0.3)
+    monkeypatch.setattr(connect, "CONNECT_S", 0.3)
     with (
         pytest.raises(ClusterError, match=r"no dask scheduler answers at tcp://127\.0\.0\.1:1"),
         open_executor(scheduler="tcp://127.0.0.1:1"),
@@ -683,7 +692,7 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_scheduler_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
+    monkeypatch.setattr(workers, "CONNECT_S", 0.5)
     with (
         distributed.LocalCluster(
             n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0"
@@ -696,13 +705,13 @@ def test_a_scheduler_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def _pretend_other_numpy() -> None:
     found = packed.versions() | {"numpy": "1.0"}
-    packed.versions = cluster.versions = lambda: found  # type: ignore[assignment]
+    packed.versions = workers.versions = lambda: found  # type: ignore[assignment]
 
 
 def _pretend_nothing() -> None:
     from relex_stream.versions import versions
 
-    packed.versions = cluster.versions = versions  # type: ignore[assignment]
+    packed.versions = workers.versions = versions  # type: ignore[assignment]
 
 
 def test_workers_of_other_versions_are_refused(
