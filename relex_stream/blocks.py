@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any, TypeAlias, TypeVar
@@ -52,23 +52,34 @@ class Workspace:
         return array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockOf:
-    """A block: a tensor and the number of the block in it."""
+    """A block: a tensor and the number of the block in it.
+
+    There is one for every block of a model while a stage runs, so it is kept small.
+
+    Attributes
+    ----------
+    tensor : StoredTensor
+    block : int
+    start : int
+        First element.
+    elements : int
+        Number of elements.
+    """
 
     tensor: StoredTensor
     block: int
+    start: int = field(init=False, compare=False, repr=False)
+    elements: int = field(init=False, compare=False, repr=False)
 
-    @cached_property
-    def start(self) -> int:
-        """First element."""
-        return self.tensor.block_range(self.block)[0]
-
-    @cached_property
-    def elements(self) -> int:
-        """Number of elements."""
+    def __post_init__(self) -> None:
         start, stop = self.tensor.block_range(self.block)
-        return stop - start
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "elements", stop - start)
+
+    def __reduce__(self) -> tuple[type[BlockOf], tuple[StoredTensor, int]]:
+        return BlockOf, (self.tensor, self.block)
 
     @property
     def column(self) -> int:

@@ -140,10 +140,10 @@ def build(
             seed=seed,
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
-            memory_limit=capacity.memory_limit_bytes,
+            capacity=capacity,
             progress=progress,
         )
-        plan = job.plan(places, capacity, commit_steps=commit_steps)
+        plan = job.plan(places, commit_steps=commit_steps)
         if places and (idle := planner.idle_workers(plan, capacity)):
             progress.note(idle)
         added = job.run(places, plan, commit_steps)
@@ -285,7 +285,7 @@ class _Job:
     seed: int
     include_base: bool
     allow_nonfinite: bool
-    memory_limit: int
+    capacity: planner.Capacity
     progress: Progress
 
     @property
@@ -300,17 +300,12 @@ class _Job:
             places[0].nbytes,
             rows,
             len(places),
-            planner.statistics_bytes(self.memory_limit),
+            planner.statistics_bytes(self.capacity.memory_limit_bytes),
+            self.capacity.processes,
         )
         return min(steps, commit_steps) if commit_steps else steps
 
-    def plan(
-        self,
-        places: Sequence[CheckpointPlaces],
-        capacity: planner.Capacity,
-        *,
-        commit_steps: int | None,
-    ) -> Plan:
+    def plan(self, places: Sequence[CheckpointPlaces], *, commit_steps: int | None) -> Plan:
         """Project the memory of the widest batch."""
         steps = self._batch_steps(places, self._rows, commit_steps) if places else 0
         later = self._batch_steps(places, 0, commit_steps) if places else 0
@@ -328,7 +323,7 @@ class _Job:
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
         )
-        return planner.make_plan([stage], capacity, shared_bytes=shared)
+        return planner.make_plan([stage], self.capacity, shared_bytes=shared)
 
     def run(
         self, places: Sequence[CheckpointPlaces], plan: Plan, commit_steps: int | None
@@ -344,12 +339,36 @@ class _Job:
     def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> list[Commit]:
         store, rows = self.writer.store, self._rows
         self.writer.allocate(self.tensors, rows + len(batch), include_base=self.include_base)
+        files = {path for place in batch for path in place.files}
+        files.update(self.base_checkpoint.weights_paths)
+        with self.reader.limited_to(files) as reader:
+            results = self._encode(batch, reader, workers)
+            reader.verify_unchanged(files)
+        manifest = store.manifest if store else self._manifest(results)
+        commits = self._commits(batch, results)
+        self.writer.commit(manifest, commits)
+        for commit in commits:
+            if not commit.changed.any():
+                before = self.writer.store.steps[commit.row - 1] if commit.row else 0  # type: ignore[union-attr]
+                warnings.warn(
+                    f"step {commit.step} has the same weights as step {before}, bit for bit; "
+                    "did training stop there? Leave such steps out of a fit with --history-steps",
+                    RelexStreamWarning,
+                    stacklevel=2,
+                )
+        return commits
+
+    def _encode(
+        self, batch: Sequence[CheckpointPlaces], reader: CheckpointReader, workers: int
+    ) -> dict[int, TensorResult]:
+        """Write the frames of a batch; return what is to be told of them, by tensor."""
+        store = self.writer.store
         ingest = Ingest(
             root=self.writer.path,
             fence=self.writer.fence,
             store=store,
-            base=BaseWeights(store, self.base_checkpoint, self.reader),
-            reader=self.reader,
+            base=BaseWeights(store, self.base_checkpoint, reader),
+            reader=reader,
             checkpoints=batch,
             seed=self.seed,
             sketch_width=self.shape.sketch_width,
@@ -379,21 +398,7 @@ class _Job:
             name=f"encode {steps}" if len(batch) > 1 else f"encode step {batch[0].step}",
             progress=self.progress,
         )
-        files = {path for place in batch for path in place.files}
-        self.reader.verify_unchanged(files.union(self.base_checkpoint.weights_paths))
-        manifest = store.manifest if store else self._manifest(results)
-        commits = self._commits(batch, results)
-        self.writer.commit(manifest, commits)
-        for commit in commits:
-            if not commit.changed.any():
-                before = self.writer.store.steps[commit.row - 1] if commit.row else 0  # type: ignore[union-attr]
-                warnings.warn(
-                    f"step {commit.step} has the same weights as step {before}, bit for bit; "
-                    "did training stop there? Leave such steps out of a fit with --history-steps",
-                    RelexStreamWarning,
-                    stacklevel=2,
-                )
-        return commits
+        return results
 
     def _manifest(self, results: dict[int, TensorResult]) -> Manifest:
         blocks = self.shape.blocks

@@ -34,7 +34,11 @@ SUM_TREE_ALIVE = 16
 """Partial results alive in a sum tree of fan-in 8 (measured 13 to 16 of 2,000)."""
 
 COMMIT_TARGET_BYTES = 256 << 30
-"""Checkpoint bytes after which a build commits: what an interruption costs at most."""
+"""Checkpoint bytes that each process works on between commits.
+
+What an interruption costs at most; of more processes it costs the same time, and each commit makes
+all of them wait for the slowest.
+"""
 
 SKETCHES_BYTES = 24 << 20
 """Sketches at hand, three times: those that threads work on, and those being read."""
@@ -123,16 +127,22 @@ def statistics_bytes(memory_limit_bytes: int) -> int:
 
 
 def commit_batch(
-    shape: ModelShape, checkpoint_bytes: int, rows: int, left: int, most_statistics: int
+    shape: ModelShape,
+    checkpoint_bytes: int,
+    rows: int,
+    left: int,
+    most_statistics: int,
+    processes: int = 1,
 ) -> int:
     """Return how many of the `left` steps the next commit takes, with `rows` committed.
 
-    Whole step groups, as many as `COMMIT_TARGET_BYTES` of checkpoints hold but at least one;
-    fewer steps when their statistics take more than `most_statistics` bytes; the first batch fills
-    the group begun.
+    Whole step groups, as many as `COMMIT_TARGET_BYTES` of checkpoints hold for each of the
+    `processes` but at least one; fewer steps when their statistics take more than
+    `most_statistics` bytes; the first batch fills the group begun.
     """
     per_step = 2 * shape.sketched * (2 * shape.sketch_width + 4) + shape.blocks * 24 + 1
-    groups = max(1, COMMIT_TARGET_BYTES // max(1, checkpoint_bytes * STEP_GROUP))
+    target = COMMIT_TARGET_BYTES * processes
+    groups = max(1, target // max(1, checkpoint_bytes * STEP_GROUP))
     steps = groups * STEP_GROUP - rows % STEP_GROUP
     return max(1, min(left, steps, most_statistics // per_step))
 

@@ -209,7 +209,7 @@ def test_building_a_graph_computes_nothing():
 
     graph = build_graph(refuse, groups_of([20, 0, 3]), begins=False, task_bytes=1, name="x")
     kinds = Counter(key[0] for key in graph.tasks)
-    assert kinds == {"x-stage": 1, "x-blocks": 23, "x-sum": 5, "x-finish": 2}
+    assert kinds == {"x-stage": 1, "x-blocks": 23, "x-sum": 3, "x-finish": 2}
     assert list(graph.outputs.values()) == [("tensor 0",), ("tensor 2",)]
     assert sum(graph.nbytes.values()) == 23 * TASK_BYTES + sum(range(20)) + sum(range(3))
 

@@ -167,6 +167,13 @@ def test_the_first_commit_fills_the_group_begun():
     assert commit_batch(shape, 8 << 30, rows=3, left=100, most_statistics=STATISTICS) == 29
 
 
+def test_more_processes_commit_as_often():
+    shape = replace(PRIMES, tensors=1, sketched=1, blocks=1)
+    steps = [commit_batch(shape, 16 << 30, 0, 1000, STATISTICS, n) for n in (1, 2, 3, 64)]
+    assert steps == [16, 32, 48, 1000]
+    assert commit_batch(shape, 1 << 40, 0, 1000, STATISTICS, 64) == 16
+
+
 def test_commits_of_very_many_tensors_take_fewer_steps():
     shape = replace(PRIMES, tensors=30_000, sketched=30_000, blocks=60_000)
     statistics = 2 * 30_000 * (2 * 257 + 4) + 24 * 60_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from relex_stream.graph.stages import (
@@ -106,41 +107,46 @@ def _add_group(
     """Add the tasks of a group that is more than one; return the key that ends it."""
     leaves, level = _cut(group, task_bytes)
     starts = range(0, len(group.tasks), leaves)
-    value: tuple[Key, ...] = ()  # the key that gives it; without, it is what was given
+    value: list[Key] = []  # the key that gives it, if there is one
     if begins:
         key: Key = (f"{name}-begin", number)
         graph.tasks[key] = (_Call(_begin, group.key, group.given), at)
         graph.nbytes[key], graph.releases[key] = 0, len(starts)
-        value = (key,)
+        value = [key]
+    elif group.given is not None:
+        # Once, and not with each of many tasks: it may be large.
+        key = (f"{name}-given", number)
+        graph.tasks[key] = _Value(group.given)
+        value = [key]
     for count in range(group.passes):
         nodes: list[Key] = []
         for start in starts:
             key = (f"{name}-blocks", number, count, start)
             stop = start + leaves
             size = sum(group.task_bytes[start:stop])
-            call = _Call(_run_part, group.tasks[start:stop], level, key, size, group.given)
+            call = _Call(_run_part, group.tasks[start:stop], level, key, size)
             graph.tasks[key] = (call, at, *value)
             graph.nbytes[key] = size
             nodes.append(key)
-        root = _add_sums(graph, at, nodes, leaves, level, (f"{name}-sum", number, count))
         last = count == group.passes - 1
         key = (f"{name}-finish", number) if last else (f"{name}-pass", number, count)
-        graph.tasks[key] = (_Call(_finish, group.key, group.given, last), at, root, *value)
+        nodes = _add_sums(graph, at, nodes, leaves, level, (f"{name}-sum", number, count))
+        graph.tasks[key] = (_Call(_finish, group.key, last), at, *value, *nodes)
         if not last:
             graph.releases[key] = len(starts)
-        value = (key,)
+        value = [key]
     return key
 
 
 def _add_sums(
-    graph: TaskGraph, at: Key, nodes: Sequence[Key], leaves: int, level: int, name: Key
-) -> Key:
-    """Add what combines the nodes of a level up to the root, whose key is returned.
+    graph: TaskGraph, at: Key, nodes: list[Key], leaves: int, level: int, name: Key
+) -> list[Key]:
+    """Add what combines the nodes of a level up to the children of the root, which are returned.
 
     Each key of `nodes` has those of some `leaves`, at least two keys do.
     """
     per_node = FAN_IN ** (level + 1) // leaves
-    while len(nodes) > 1:
+    while len(nodes) > per_node:
         level += 1
         above: list[Key] = []
         for start in range(0, len(nodes), per_node):
@@ -148,7 +154,7 @@ def _add_sums(
             graph.tasks[key] = (_Call(_combine), at, *nodes[start : start + per_node])
             above.append(key)
         nodes, per_node = above, FAN_IN
-    return nodes[0]
+    return nodes
 
 
 def _cut(group: Group[Any, Any], task_bytes: int) -> tuple[int, int]:
@@ -197,27 +203,34 @@ def _run_part(
     level: int,
     key: Key,
     nbytes: int,
-    given: Any,
     at: StageAt,
-    value: _Value | None = None,
+    *inputs: Any,
 ) -> list[Any]:
+    value, _ = _value_first(inputs)
     with at.turn(key, nbytes) as stage:
-        return run_leaves(stage, tasks, value.value if value else given, level)
+        return run_leaves(stage, tasks, value, level)
 
 
 def _combine(at: StageAt, *nodes: list[Any]) -> list[Any]:
     with at.turn(None, 0) as stage:
-        return [stage.combine([node for some in nodes for node in some])]
+        return [stage.combine(list(chain.from_iterable(nodes)))]
 
 
 def _finish(
     key: Hashable,
-    given: Any,
     last: bool,  # noqa: FBT001 - called by dask
     at: StageAt,
-    root: list[Any],
-    value: _Value | None = None,
+    *inputs: Any,
 ) -> Any:
+    value, nodes = _value_first(inputs)
     with at.turn(None, 0) as stage:
-        finished = stage.finish(key, value.value if value else given, *root, last=last)
+        total = stage.combine(list(chain.from_iterable(nodes)))
+        finished = stage.finish(key, value, total, last=last)
     return [finished] if last else _Value(finished)
+
+
+def _value_first(inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """Take the group's value, if there is one, from the rest of what a task depends on."""
+    if inputs and isinstance(inputs[0], _Value):
+        return inputs[0].value, inputs[1:]
+    return None, inputs
