@@ -21,7 +21,7 @@ COMMANDS = {
     "devices": "Measure extrapolation on a GPU: stages of a block, commands, the cost model.",
     "pictures": "Draw a report, or what a store takes.",
 }
-"""Each is `command` in the module of the same name."""
+"""Each is `command` in the module or package of the same name."""
 
 
 class LazyGroup(click.Group):
