@@ -366,7 +366,7 @@ def extrapolate_work(*, base_bytes: float, changed: float, tensors: int, steps: 
 def shared_bytes(command: str, shape: planner.ModelShape, steps: int, model_bytes: float) -> int:
     """Return what the planner counts once, however many the workers, for `steps` in the store."""
     if command == "extrapolate":
-        return planner.extrapolate_shared_bytes(shape, steps, 8, 1, shape.tensors)
+        return planner.extrapolate_shared_bytes(shape, steps, 1, 8, 1, shape.tensors)
     batch = planner.commit_batch(shape, int(model_bytes), 0, steps, STATISTICS_BYTES)
     return planner.ingest_shared_bytes(shape, batch, steps - batch, planner.SUM_TREE_ALIVE)
 

@@ -21,6 +21,23 @@ _TASKS_PER_WORKER = 8
 """So many tasks keep all threads of a cluster busy until nearly the end."""
 
 
+MOST_TASKS = 4096
+"""Tasks that work of a stage, as far as more would gain nothing: each takes kilobytes of memory."""
+
+
+def thread_task_bytes(total_bytes: int, least: int) -> int:
+    """Return the bytes that are worth a task of a thread of this process.
+
+    Examples
+    --------
+    >>> thread_task_bytes(16 << 30, 8 << 20) >> 20
+    8
+    >>> thread_task_bytes(1600 << 30, 8 << 20) >> 20
+    400
+    """
+    return max(least, total_bytes // MOST_TASKS)
+
+
 def cluster_task_bytes(total_bytes: int, workers: int, least: int) -> int:
     """Return the bytes that are worth a task of a cluster.
 
@@ -42,10 +59,12 @@ def cluster_task_bytes(total_bytes: int, workers: int, least: int) -> int:
     549
     >>> cluster_task_bytes(16 << 30, 16, 8 << 20) >> 20
     128
+    >>> cluster_task_bytes(16 << 40, 16, 8 << 20) >> 20
+    4096
     """
     handed_out = int(_WORK_BYTES_PER_S * workers * SCHEDULER_TASK_S / SCHEDULER_SHARE)
     shared_out = total_bytes // (_TASKS_PER_WORKER * workers)
-    return max(least, min(handed_out, shared_out))
+    return max(least, min(max(handed_out, total_bytes // MOST_TASKS), shared_out))
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def export_step(
     plan = planner.make_plan(
         [stage],
         capacity,
-        shared_bytes=planner.extrapolate_shared_bytes(shape, rows, 0, 0, 0),
+        shared_bytes=planner.export_shared_bytes(shape, rows),
     )
     if idle := planner.idle_workers(plan, capacity):
         progress.note(idle)

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -66,6 +66,8 @@ from relex_stream.writer import MARKER, Filler, OutputDirectory
 Float64 = NDArray[np.float64]
 
 _OWN_FILES = ("README.md", MARKER)
+
+_TENSORS_AT_ONCE = 1024
 
 
 class Written(NamedTuple):
@@ -318,6 +320,7 @@ def extrapolate_steps(
                 )
                 figures = _figures(store, request, subspaces)
                 weights = _weights(store, request, subspaces)
+                del subspaces
                 for assembly in assemblies:
                     assembly.begin(output)
                 _write_blocks(
@@ -366,10 +369,7 @@ def _warn_inside(request: Request) -> None:
 
 def _figures(store: Store, request: Request, subspaces: dict[str, Subspace]) -> list[TensorFigures]:
     totals = store.delta_sq[: len(request.history)].sum(axis=0).tolist()
-    # All columns of all tensors at once, one behind the other: tensors may be very many.
-    none = np.zeros((len(request.history), 0))
-    scaled = (subspace.vectors * subspace.singular_values for subspace in subspaces.values())
-    r2 = iter(r_squared(request.history, np.concatenate([none, *scaled], axis=1)).tolist())
+    r2 = _r_squared_of_all(request.history, subspaces.values())
     figures = []
     for name, subspace in subspaces.items():
         total = totals[store.tensors[name].index]
@@ -384,6 +384,15 @@ def _figures(store: Store, request: Request, subspaces: dict[str, Subspace]) -> 
             )
         )
     return sorted(figures, key=lambda figure: figure.name)
+
+
+def _r_squared_of_all(history: Sequence[int], subspaces: Iterable[Subspace]) -> Iterator[float]:
+    """Yield the R2 of each column of each tensor."""
+    # Columns of many tensors at once, one behind the other: tensors may be very many.
+    left = iter(subspaces)
+    while some := list(islice(left, _TENSORS_AT_ONCE)):
+        columns = [subspace.vectors * subspace.singular_values for subspace in some]
+        yield from r_squared(history, np.concatenate(columns, axis=1)).tolist()
 
 
 def _weights(store: Store, request: Request, subspaces: dict[str, Subspace]) -> dict[int, Float64]:
@@ -539,7 +548,7 @@ def _plan(
         stages,
         capacity,
         shared_bytes=planner.extrapolate_shared_bytes(
-            shape, options.rows, basis, len(assemblies), len(exact)
+            shape, options.rows, options.rank, basis, len(assemblies), len(exact)
         ),
     )
 
@@ -630,7 +639,7 @@ def _statistics_stage(
         read_bytes=read_bytes,
         write_bytes=0,
         worker_bytes=max(
-            planner.power_worker_bytes(shape, entry_capacity, basis_columns(options)),
+            planner.power_worker_bytes(shape, entry_capacity, options.rows, basis_columns(options)),
             planner.gram_worker_bytes(shape, entry_capacity, options.rows)
             if any(options.svd == "exact" or t.sketch_row < 0 for t in tensors)
             else 0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from relex_stream.costs import MOST_TASKS
 from relex_stream.errors import MemoryLimitError
 from relex_stream.specs import STEP_GROUP
 from relex_stream.summaries import Plan, StagePlan
@@ -27,11 +28,27 @@ ENTRY_BYTES = 16
 GRAM_COLUMNS_BYTES = 24 << 20
 """Room of one worker for the columns it handles at a time in the exact route."""
 
+GRAMS_AT_HAND_BYTES = 8 << 20
+"""Gram matrices of small tensors that are worked on together (at least one)."""
+
 FRAMES_AT_HAND_BYTES = 4 << 20
 """Frames that a worker reads, or keeps before it writes them, at a time (at least one)."""
 
 SUM_TREE_ALIVE = 16
-"""Partial results alive in a sum tree of fan-in 8 (measured 13 to 16 of 2,000)."""
+"""Results of finished tasks alive in a sum tree of fan-in 8 (measured 13 to 16 of 2,000)."""
+
+PARTIALS_AT_HAND = 8
+"""Of a task that sums several: one of each level but the last, up to 4 of that, and a new one."""
+
+BLOCK_OBJECTS_BYTES = 320
+"""Python's objects for each block of a stage: 225 measured, and two numbers."""
+
+TASK_OBJECTS_BYTES = 6000
+"""The same for each of dask's tasks, with those that add up: 4.5 to 5 kB measured per block where
+each is a task."""
+
+TENSOR_OBJECTS_BYTES = 3000
+"""The same for what is known of each tensor in the end: ten small arrays."""
 
 COMMIT_TARGET_BYTES = 256 << 30
 """Checkpoint bytes that each process works on between commits.
@@ -90,6 +107,14 @@ def _frames_at_hand_bytes(shape: ModelShape) -> int:
     return FRAMES_AT_HAND_BYTES + shape.largest_block_bytes + 64
 
 
+def _objects_bytes(shape: ModelShape) -> int:
+    """Count what describes a stage's blocks and tasks."""
+    # A tensor is cut into tasks at nodes of its tree of sums: they may be half as large.
+    tasks = min(shape.blocks, 2 * MOST_TASKS)
+    blocks = BLOCK_OBJECTS_BYTES * shape.blocks
+    return blocks + TASK_OBJECTS_BYTES * tasks + TENSOR_OBJECTS_BYTES * shape.tensors
+
+
 def ingest_worker_bytes(shape: ModelShape, steps: int) -> int:
     """One worker of build-store, for a batch of `steps`.
 
@@ -103,7 +128,8 @@ def ingest_worker_bytes(shape: ModelShape, steps: int) -> int:
     frames = shape.largest_block_bytes + max(shape.largest_block_bytes, 7 * shape.largest_block)
     frames += 2 << 20
     codec = codec_bytes(shape) + _frames_at_hand_bytes(shape)
-    return blocks + piece + codec + frames + _ingest_partial_bytes(shape, steps) * 2
+    partials = (2 + PARTIALS_AT_HAND) * _ingest_partial_bytes(shape, steps)
+    return blocks + piece + codec + frames + partials
 
 
 def _ingest_partial_bytes(shape: ModelShape, steps: int) -> int:
@@ -113,12 +139,12 @@ def _ingest_partial_bytes(shape: ModelShape, steps: int) -> int:
 def ingest_shared_bytes(
     shape: ModelShape, steps: int, rows: int, largest_tensor_blocks: int
 ) -> int:
-    """Count what all workers of build-store share for a batch: sums, results, tables."""
+    """Count what all workers of build-store share for a batch: sums, results, tables, objects."""
     tree = min(largest_tensor_blocks, SUM_TREE_ALIVE) * _ingest_partial_bytes(shape, steps)
     results = steps * (shape.sketched * (2 * shape.sketch_width + 4) + shape.tensors * 20)
     tables = (rows + 2 * steps) * shape.blocks * 16
     places = steps * shape.tensors * 12
-    return tree + 2 * results + tables + places
+    return tree + 2 * results + tables + places + _objects_bytes(shape)
 
 
 def statistics_bytes(memory_limit_bytes: int) -> int:
@@ -155,9 +181,11 @@ def sweep_worker_bytes(shape: ModelShape, entry_capacity: int) -> int:
     return blocks + codec_bytes(shape) + frames + entries
 
 
-def power_worker_bytes(shape: ModelShape, entry_capacity: int, basis: int) -> int:
-    """One worker of a power pass: a sweep and the float32 projection of the block."""
-    return sweep_worker_bytes(shape, entry_capacity) + 4 * basis * shape.largest_block
+def power_worker_bytes(shape: ModelShape, entry_capacity: int, rows: int, basis: int) -> int:
+    """One worker of a power pass: a sweep, the float32 projection of the block, sums and bases."""
+    projection = 4 * basis * shape.largest_block
+    sums = (2 + PARTIALS_AT_HAND) * 8 * rows * basis
+    return sweep_worker_bytes(shape, entry_capacity) + projection + sums
 
 
 def gram_columns(rows: int) -> int:
@@ -166,13 +194,18 @@ def gram_columns(rows: int) -> int:
 
 
 def gram_worker_bytes(shape: ModelShape, entry_capacity: int, rows: int) -> int:
-    """One worker of the exact route: a sweep, the columns at hand, the Gram matrix twice."""
+    """One worker of the exact route: a sweep, the columns at hand, Gram matrices.
+
+    Those are its block's, twice, and the sums begun; of small tensors many at a time, but then
+    no more than `GRAMS_AT_HAND_BYTES`.
+    """
     entries = 16 * max(entry_capacity, shape.largest_block)
     return (
         sweep_worker_bytes(shape, entry_capacity)
         + min(GRAM_COLUMNS_BYTES, entries + GRAM_COLUMNS_BYTES // 2)
         + entries
-        + 3 * 8 * rows * rows
+        + (2 + PARTIALS_AT_HAND) * 8 * rows * rows
+        + GRAMS_AT_HAND_BYTES
     )
 
 
@@ -190,15 +223,24 @@ def copy_worker_bytes(shape: ModelShape) -> int:
 
 
 def extrapolate_shared_bytes(
-    shape: ModelShape, rows: int, basis: int, outputs: int, exact_tensors: int
+    shape: ModelShape, rows: int, rank: int, basis: int, outputs: int, exact_tensors: int
 ) -> int:
-    """Count what all workers share: tables, sums in flight, each tensor's small matrices."""
-    tables = rows * (shape.blocks * 16 + shape.tensors * 8)
-    passes = 3 * 8 * rows * basis * shape.tensors
-    grams = (SUM_TREE_ALIVE + 2) * 8 * rows * rows if exact_tensors else 0
-    weights = 2 * 8 * rows * outputs * shape.tensors
+    """Count what all workers share: tables, sums in flight, each tensor's vectors, objects."""
+    sums = SUM_TREE_ALIVE * 8 * rows * (basis + (rows if exact_tensors else 0))
+    # Singular vectors, and the weights of the stored changes; those as they travel, too.
+    vectors = 8 * rows * (rank + 2 * outputs) * shape.tensors
     sketches = SKETCHES_BYTES if basis else 0
-    return tables + passes + grams + weights + sketches
+    return tables_bytes(shape, rows) + sums + vectors + sketches + _objects_bytes(shape)
+
+
+def export_shared_bytes(shape: ModelShape, rows: int) -> int:
+    """Count what all workers of export share: tables and objects."""
+    return tables_bytes(shape, rows) + _objects_bytes(shape)
+
+
+def tables_bytes(shape: ModelShape, rows: int) -> int:
+    """Count a store's tables of `rows` steps, and a record while it is read."""
+    return rows * (shape.blocks * 16 + shape.tensors * 8)
 
 
 @dataclass(frozen=True)
@@ -216,6 +258,8 @@ class Capacity:
         What a process holds before the work; the most that any does.
     memory_limit_bytes : int
         What each may hold; the least that any may.
+    command_reserved_bytes, command_limit_bytes : int
+        The same of this process, where others do the work; 0 if it does itself.
     """
 
     processes: int
@@ -223,6 +267,8 @@ class Capacity:
     workers_fixed: bool
     reserved_bytes: int
     memory_limit_bytes: int
+    command_reserved_bytes: int = 0
+    command_limit_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -283,6 +329,17 @@ def make_plan(stages: Sequence[StagePlan], capacity: Capacity, *, shared_bytes: 
             + "; raise --memory-limit"
             + (" or lower --workers" if capacity.workers_fixed and fitting >= 1 else "")
         )
+    command = 0
+    if capacity.command_reserved_bytes:
+        # It puts together what the others find: all that their workers share it has as well.
+        command = capacity.command_reserved_bytes + SLACK_BYTES + shared_bytes
+        if command > capacity.command_limit_bytes:
+            raise MemoryLimitError(
+                f"this command, which puts results together, needs {_mib(command)} MiB "
+                f"({_mib(command - shared_bytes)} for the process, {_mib(shared_bytes)} for tables "
+                f"and results), the memory limit is {_mib(capacity.command_limit_bytes)} MiB; "
+                "raise --memory-limit"
+            )
     chosen = max(1, min(capacity.workers, fitting))
     return Plan(
         processes=capacity.processes,
@@ -290,7 +347,7 @@ def make_plan(stages: Sequence[StagePlan], capacity: Capacity, *, shared_bytes: 
         memory_limit_bytes=capacity.memory_limit_bytes,
         reserved_bytes=reserved_bytes,
         shared_bytes=shared_bytes,
-        projected_bytes=fixed + chosen * widest.worker_bytes,
+        projected_bytes=max(fixed + chosen * widest.worker_bytes, command),
         stages=tuple(stages),
     )
 

@@ -272,9 +272,18 @@ def _block_groups(
 ) -> list[Group[tuple[BlockOf, ...], Float64 | Subspace]]:
     totals = BlockTotals.of(store, options.rows)
     tensors = store.manifest.tensors
+
+    def with_gram(at: BlockOf) -> int:
+        # Small tensors are worked on together: as many as have room for their Gram matrices.
+        return totals.work(at) + 8 * options.rows**2
+
     return grouped(
         (
-            (tensor.index, totals.changed_blocks(tensor), totals.work)
+            (
+                tensor.index,
+                totals.changed_blocks(tensor),
+                with_gram if options.is_exact(tensor) else totals.work,
+            )
             for tensor in base.in_file_order(changed_tensors(store, options.rows))
         ),
         passes=lambda index: options.passes(tensors[index]),

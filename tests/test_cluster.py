@@ -645,6 +645,22 @@ def test_a_pickled_reader_expects_the_files_that_were_there(tmp_path: Path) -> N
         copy.read(path, 0, np.empty(8, np.uint8))
 
 
+def test_a_batch_is_told_of_its_own_files(
+    run: Trajectory, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    packed_stage = packed.PackedStage.__init__
+
+    def keep(self, stage, *arguments):  # type: ignore[no-untyped-def]
+        sent.append(pickle.dumps(stage))
+        packed_stage(self, stage, *arguments)
+
+    monkeypatch.setattr(packed.PackedStage, "__init__", keep)
+    build(run, tmp_path / "store", scheduler=scheduler, commit_steps=8)
+    steps = [{int(step) for step in re.findall(rb"step_(\d+)/", state)} for state in sent]
+    assert steps == [set(range(1, 9)), set(range(9, 17)), set(range(17, 21))]
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import pickle
+import re
 import threading
 import time
 from collections import Counter
@@ -166,12 +169,12 @@ def test_the_plain_loop_adds_in_another_order_than_one_sum():
 @pytest.mark.parametrize("runner", [run, run_plainly])
 def test_the_tree_of_sums_is_fixed(runner):
     def nest(partials):
-        return tuple(partials)
+        return functools.reduce(lambda left, right: f"({left}{right})", partials)
 
     letters = "abcdefghijklmnopqrs"
     groups = [Group("g", tuple(letters), (1,) * 19)]
     found = runner(groups, lambda letter: letter, nest, lambda _, tree: tree)["g"]
-    assert found == (tuple("abcdefgh"), tuple("ijklmnop"), tuple("qrs"))
+    assert found == nest([nest("abcdefgh"), nest("ijklmnop"), nest("qrs")])
     assert FAN_IN == 8
 
 
@@ -531,6 +534,14 @@ def test_larger_tasks_give_the_bits_of_the_plain_loop(leaves, task_leaves, passe
     assert sum(graph.nbytes.values()) == sum(group.nbytes for group in groups)
 
 
+def test_what_a_group_is_given_is_in_the_graph_once():
+    given = np.zeros(10_000)
+    group = Group("g", tuple(range(100)), (TASK_BYTES,) * 100, given=given)
+    graph = build_graph(None, [group], begins=False, task_bytes=TASK_BYTES, name="x")
+    large = [key for key, task in graph.tasks.items() if len(pickle.dumps(task)) > given.nbytes]
+    assert large == [("x-given", 0)]
+
+
 @given(leaves=st.integers(2, 512), task_leaves=st.floats(0.1, 600))
 def test_tasks_are_as_large_as_asked_for_or_little_less(leaves, task_leaves):
     group = Group("g", tuple(range(leaves)), (TASK_BYTES,) * leaves)
@@ -548,12 +559,33 @@ def test_tasks_are_as_large_as_asked_for_or_little_less(leaves, task_leaves):
 
 @given(leaves=st.integers(1, 1000))
 def test_few_nodes_of_a_tree_are_alive(leaves):
-    tree = Tree(sum)
+    alive = Counter()
+    tree = Tree(lambda parts: "(" + "".join(parts) + ")")
     for leaf in range(leaves):
-        tree.add(leaf)
-        assert sum(map(len, tree._levels)) <= (FAN_IN - 1) * len(tree._levels)
-    assert tree.root() == sum(range(leaves))
-    assert len(tree._levels) <= 2 + math.log(leaves, FAN_IN)
+        tree.add(f"{leaf} ")
+        alive[sum(map(len, tree._begun))] += 1
+    assert max(alive) <= 1 + math.log(leaves, FAN_IN)
+    assert [int(leaf) for leaf in re.findall(r"\d+", tree.root())] == list(range(leaves))
+
+
+@given(leaves=st.integers(1, 600), level=st.integers(0, 3))
+def test_nodes_are_those_of_the_tree(leaves, level):
+    parts = np.random.default_rng(leaves).standard_normal(leaves)
+    tree, whole = Tree(in_order, level), Tree(in_order)
+    for part in parts:
+        tree.add(part)
+        whole.add(part)
+    expected = list(parts)
+    for _ in range(level):
+        expected = [in_order(expected[i : i + FAN_IN]) for i in range(0, len(expected), FAN_IN)]
+    assert tree.nodes() == expected
+    while len(expected) > 1:
+        expected = [in_order(expected[i : i + FAN_IN]) for i in range(0, len(expected), FAN_IN)]
+    assert [whole.root()] == expected
+
+
+def in_order(parts):
+    return functools.reduce(operator.add, parts)
 
 
 def test_work_in_one_task_is_fetched_a_call_ahead():

@@ -75,7 +75,7 @@ ROOMS = {
     ),
     "sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
     "fit": Room(set(), {"numpy"}, pure=True),
-    "planner": Room(pure=True),
+    "planner": Room({"costs"}, pure=True),
     "costs": Room(pure=True),
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),

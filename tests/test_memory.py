@@ -264,3 +264,55 @@ def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
         shutil.rmtree(root)
     for small, large in zip(*peaks, strict=True):
         assert large.peak_bytes < 1.1 * small.peak_bytes
+
+
+OBJECTS = """
+import gc, sys
+from relex_stream import machine, planner
+from relex_stream.blocks import BlockOf, model_shape
+from relex_stream.graph import Stage, Threads, grouped
+from relex_stream.specs import NoProgress
+from relex_stream.store.records import place_tensors
+
+class Nothing(Stage):
+    def work(self, tasks, values):
+        return [0] * len(tasks)
+    def combine(self, partials):
+        return 0
+    def finish(self, key, value, total, *, last):
+        return 0
+
+tensors, blocks = map(int, sys.argv[1:])
+kind = {"kind": "tracked", "base_dtype": "BF16", "dtype": "BF16", "tied_to": None}
+tensors, _ = place_tensors(
+    [{"name": f"t{i}", "shape": (blocks << 10,), "sketch_row": i, **kind} for i in range(tensors)],
+    2 << 10,
+)
+gc.collect()
+before = machine.resident_bytes()
+groups = grouped(
+    (tensor.index, [BlockOf(tensor, b) for b in range(tensor.blocks)], lambda _: 32 << 20)
+    for tensor in tensors
+)
+Threads(1).run(Nothing(), groups, workers=1, name="x", progress=NoProgress())
+print(machine.peak_bytes() - before, planner._objects_bytes(model_shape(tensors, 256)))
+"""
+
+
+@pytest.mark.parametrize(("tensors", "blocks"), [(20, 1000), (4000, 5), (2000, 40)])
+def test_what_describes_a_stage_stays_under_what_is_planned_for_it(
+    tensors: int, blocks: int
+) -> None:
+    command = [sys.executable, "-c", OBJECTS, str(tensors), str(blocks)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    taken, planned = map(int, done.stdout.split())
+    assert taken <= planned <= 3 * taken
+
+
+def test_every_process_of_a_cluster_stays_under_the_projection(tmp_path: Path) -> None:
+    root = write_run(tmp_path, 8 << 20, 3)
+    for found in measure(root, "--local-cluster", 2, "--workers", 1):
+        assert found.document["plan"]["processes"] == 2
+        # That of any process; of the command's own what it takes to print is not in it.
+        peak = max(found.peak_bytes, found.document["peak_memory_bytes"])
+        assert peak <= found.projected_bytes <= 768 * MIB

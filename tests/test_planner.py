@@ -36,11 +36,11 @@ FORMULAS = {
     "ingest worker": lambda shape: planner.ingest_worker_bytes(shape, 13),
     "ingest shared": lambda shape: planner.ingest_shared_bytes(shape, 13, 7, 5),
     "sweep": lambda shape: planner.sweep_worker_bytes(shape, 11),
-    "power": lambda shape: planner.power_worker_bytes(shape, 11, 9),
+    "power": lambda shape: planner.power_worker_bytes(shape, 11, 50, 9),
     "gram": lambda shape: planner.gram_worker_bytes(shape, 11, 50),
     "write": lambda shape: planner.write_worker_bytes(shape, 11, 3),
     "copy": planner.copy_worker_bytes,
-    "extrapolate shared": lambda shape: planner.extrapolate_shared_bytes(shape, 50, 9, 3, 17),
+    "extrapolate shared": lambda shape: planner.extrapolate_shared_bytes(shape, 50, 2, 9, 3, 17),
 }
 BY_BLOCK = {"largest_block", "largest_block_bytes"}
 DEPENDS_ON = {
@@ -80,10 +80,11 @@ def test_projections_grow_with_what_they_depend_on_and_nothing_else(name):
         (planner.ingest_worker_bytes, (13,)),
         (planner.ingest_shared_bytes, (13, 7, 5)),
         (planner.sweep_worker_bytes, (2_000_003,)),
-        (planner.power_worker_bytes, (2_000_003, 9)),
+        (planner.power_worker_bytes, (2_000_003, 50, 9)),
         (planner.gram_worker_bytes, (2_000_003, 50)),
         (planner.write_worker_bytes, (2_000_003, 3)),
-        (planner.extrapolate_shared_bytes, (50, 9, 3, 17)),
+        (planner.extrapolate_shared_bytes, (50, 2, 9, 3, 17)),
+        (planner.export_shared_bytes, (50,)),
     ],
 )
 def test_projections_grow_with_every_argument(formula, arguments):
@@ -91,7 +92,7 @@ def test_projections_grow_with_every_argument(formula, arguments):
     for place, argument in enumerate(arguments):
         larger = list(arguments)
         larger[place] = 2 * argument
-        if (formula, place) == (planner.extrapolate_shared_bytes, 3):
+        if (formula, place) == (planner.extrapolate_shared_bytes, 4):
             # Gram matrices are summed one tensor after the other: any or none.
             assert formula(PRIMES, *larger) == before
             larger[place] = 0
@@ -102,7 +103,9 @@ def test_projections_grow_with_every_argument(formula, arguments):
 
 def test_a_worker_that_sweeps_is_part_of_every_stage_that_does():
     sweep = planner.sweep_worker_bytes(PRIMES, 11)
-    assert planner.power_worker_bytes(PRIMES, 11, 9) == sweep + 4 * 9 * PRIMES.largest_block
+    assert planner.power_worker_bytes(PRIMES, 11, 50, 9) == (
+        sweep + 4 * 9 * PRIMES.largest_block + (2 + planner.PARTIALS_AT_HAND) * 8 * 50 * 9
+    )
     assert planner.write_worker_bytes(PRIMES, 11, 3) == (
         sweep + 8 * 3 * PRIMES.largest_block + 3 * PRIMES.largest_block_bytes
     )
@@ -110,8 +113,8 @@ def test_a_worker_that_sweeps_is_part_of_every_stage_that_does():
 
 
 def test_a_worker_of_build_store_does_not_grow_with_the_steps_beyond_a_group():
-    # But for the statistics: 8 bytes for every column of the sketch, twice.
-    per_step = 2 * (8 * PRIMES.sketch_width + 40)
+    # But for the statistics: 8 bytes for every column of the sketch, of each sum begun.
+    per_step = (2 + planner.PARTIALS_AT_HAND) * (8 * PRIMES.sketch_width + 40)
     sizes = [planner.ingest_worker_bytes(PRIMES, steps) for steps in (16, 17, 116)]
     assert sizes[1] - sizes[0] == per_step
     assert sizes[2] - sizes[1] == 99 * per_step
@@ -165,6 +168,21 @@ def test_the_first_commit_fills_the_group_begun():
     # 8 GiB: two groups in the target.
     assert commit_batch(shape, 8 << 30, rows=0, left=100, most_statistics=STATISTICS) == 32
     assert commit_batch(shape, 8 << 30, rows=3, left=100, most_statistics=STATISTICS) == 29
+
+
+def test_a_command_that_others_work_for_has_to_fit_as_well():
+    here = Capacity(2, 8, False, 200 * MIB, 1000 * MIB, 300 * MIB, 768 * MIB)
+    slack = planner.SLACK_BYTES
+    plan = make_plan([stage("a", 10 * MIB)], here, shared_bytes=60 * MIB)
+    assert plan.projected_bytes == max(200 * MIB + 80 * MIB, 300 * MIB) + slack + 60 * MIB
+    least = make_plan([stage("a", 10 * MIB)], here, shared_bytes=468 * MIB - slack)
+    assert least.projected_bytes == 768 * MIB
+    with pytest.raises(MemoryLimitError) as caught:
+        make_plan([stage("a", 10 * MIB)], here, shared_bytes=469 * MIB - slack)
+    assert str(caught.value) == (
+        "this command, which puts results together, needs 769 MiB (340 for the process, 429 for "
+        "tables and results), the memory limit is 768 MiB; raise --memory-limit"
+    )
 
 
 def test_more_processes_commit_as_often():

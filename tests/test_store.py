@@ -171,6 +171,32 @@ def test_store_can_be_pickled(whole):
     assert len(pickle.dumps(Store(whole))) < 1000
 
 
+def test_a_pickled_store_has_the_tables_and_reads_no_sketches_for_them(whole, monkeypatch):
+    store = Store(whole)
+    again = pickle.loads(pickle.dumps(store))
+    read = []
+    preadv = os.preadv
+
+    def count(descriptor, buffers, offset):
+        read.append(preadv(descriptor, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", count)
+    for name in ("frame_bytes", "frame_crc", "changed", "delta_sq"):
+        assert np.array_equal(getattr(again, name), getattr(store, name))
+    assert sum(read) == len(STEPS) * (12 * store.manifest.blocks + 8 * len(store.tensors))
+
+
+def test_a_store_is_pickled_only_if_its_records_are_whole(whole, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    record = Store(copy).record_path(Store(copy).head.commits[3])
+    data = bytearray(record.read_bytes())
+    data[-1] ^= 1
+    record.write_bytes(data)
+    with pytest.raises(CorruptionError, match="does not match its checksum"):
+        pickle.dumps(Store(copy))
+
+
 # --- taking back ---------------------------------------------------------------------------------
 
 

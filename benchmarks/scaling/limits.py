@@ -91,13 +91,13 @@ def plan_extrapolate(
     basis = min(steps, BASIS)
     capacity = DEFAULT_ENTRY_CAPACITY
     workers = [
-        planner.power_worker_bytes(shape, capacity, basis),
+        planner.power_worker_bytes(shape, capacity, steps, basis),
         planner.write_worker_bytes(shape, capacity, 1),
     ]
     if exact:
         workers.append(planner.gram_worker_bytes(shape, capacity, steps))
     stages = [StagePlan("stage", shape.blocks, 0, 0, size) for size in workers]
-    shared = planner.extrapolate_shared_bytes(shape, steps, basis, 1, exact)
+    shared = planner.extrapolate_shared_bytes(shape, steps, 1, basis, 1, exact)
     return planner.make_plan(stages, _capacity(limit, threads), shared_bytes=shared)
 
 

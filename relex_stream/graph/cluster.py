@@ -79,6 +79,10 @@ class Cluster:
             memory_limit_bytes=min(
                 self._limit_of(worker, on_host[worker.host]) for worker in found
             ),
+            command_reserved_bytes=machine.resident_bytes(),
+            command_limit_bytes=machine.memory_limit(
+                self._memory_limit, planner.DEFAULT_LIMIT_BYTES
+            ),
         )
 
     def _limit_of(self, worker: Worker, beside: int) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 FAN_IN = 8
-"""Results combined at a time: 13 to 16 of them are alive out of 2,000."""
+"""Results combined to one of the next level: 13 to 16 of 2,000 tasks' are alive at a time."""
 
 MAX_TASKS = 512
 """Tasks per group. ``dask.order`` takes time quadratic in the tasks of a connected component."""
@@ -99,7 +99,11 @@ class Stage(ABC, Generic[Task, Value, Partial]):
 
     @abstractmethod
     def combine(self, partials: list[Partial]) -> Partial:
-        """Combine partial results that stand next to each other in a group's order."""
+        """Combine partial results that stand next to each other in a group's order.
+
+        One after the other and all at once give the same bits: ``combine([combine([a, b]), c])`` is
+        ``combine([a, b, c])``. What is given stays as it is.
+        """
 
     @abstractmethod
     def finish(self, key: Hashable, value: Value | None, total: Partial, *, last: bool) -> Any:
@@ -155,44 +159,61 @@ def grouped(
 
 
 class Tree(Generic[Partial]):
-    """Combines partial results as they come, eight at a time: few are alive at a time.
+    """Combines partial results as they come: one for each level is alive at a time.
 
     Parameters
     ----------
     combine : callable
         `Stage.combine`.
+    level : int, optional
+        The level whose nodes are wanted, where there are more leaves beside those added; by default
+        the root is.
     """
 
-    def __init__(self, combine: Callable[[list[Partial]], Partial]) -> None:
+    def __init__(
+        self, combine: Callable[[list[Partial]], Partial], level: int | None = None
+    ) -> None:
         self._combine = combine
-        self._levels: list[list[Partial]] = [[]]
+        self._level = level
+        self._nodes: list[Partial] = []  # of the level wanted
+        self._begun: list[list[Partial]] = []  # by level: what the node begun there has, as one
+        self._counts: list[int] = []  # and of how many nodes
 
     def add(self, partial: Partial, level: int = 0) -> None:
         """Take the next node of a level."""
-        if level == len(self._levels):
-            self._levels.append([])
-        nodes = self._levels[level]
-        nodes.append(partial)
-        if len(nodes) == FAN_IN:
-            self._levels[level] = []
-            self.add(self._combine(nodes), level + 1)
+        if level == self._level:
+            self._nodes.append(partial)
+            return
+        if level == len(self._begun):
+            self._begun.append([])
+            self._counts.append(0)
+        begun = [*self._begun[level], partial]
+        self._begun[level] = begun if len(begun) == 1 else [self._combine(begun)]
+        self._counts[level] += 1
+        if self._counts[level] == FAN_IN:
+            self._end(level)
 
-    def nodes(self, level: int) -> list[Partial]:
-        """Return the nodes of a level, where there are more leaves beside those added."""
-        for below in range(level):
-            if self._levels[below]:
-                self.add(self._combine(self._levels[below]), below + 1)
-                self._levels[below] = []
-        return self._levels[level]
+    def _end(self, level: int) -> None:
+        if self._begun[level]:
+            (node,) = self._begun[level]
+            self._begun[level], self._counts[level] = [], 0
+            self.add(node, level + 1)
+
+    def nodes(self) -> list[Partial]:
+        """Return the nodes of the level wanted; the last may have fewer leaves."""
+        assert self._level is not None
+        for below in range(self._level):
+            if below < len(self._begun):
+                self._end(below)
+        return self._nodes
 
     def root(self) -> Partial:
         """Return the one result of all leaves; at least one was added."""
         level = 0
-        while level < len(self._levels) - 1:
-            self.nodes(level := level + 1)
-        while len(nodes := self._levels[-1]) > 1:
-            self._levels.append([self._combine(nodes)])
-        return nodes[0]
+        while not self._begun[level] or any(self._begun[level + 1 :]):
+            self._end(level)
+            level += 1
+        return self._begun[level][0]
 
 
 def bundles(
@@ -273,11 +294,11 @@ def run_leaves(
 ) -> list[Partial]:
     """Run some neighbouring tasks of a group that has more; return their nodes of a level."""
     ahead = _fetching_ahead(stage, [[task] for task in tasks])
-    tree = Tree(stage.combine)
+    tree = Tree(stage.combine, level)
     for task in tasks:
         next(ahead)
         tree.add(stage.work([task], [value])[0])
-    return tree.nodes(level)
+    return tree.nodes()
 
 
 def _fetching_ahead(

@@ -13,7 +13,7 @@ import dask.threaded
 from dask.callbacks import Callback
 from threadpoolctl import threadpool_limits
 
-from relex_stream import machine, planner
+from relex_stream import costs, machine, planner
 from relex_stream.graph.stages import TASK_BYTES, Group, Stage, calls
 from relex_stream.graph.tasks import build_graph
 from relex_stream.specs import Progress
@@ -149,11 +149,12 @@ class Threads:
         Tasks begin in the order given: neighbours in a file are read one after the other, which is
         what the system reads ahead for.
         """
+        total = sum(group.nbytes for group in groups)
         graph = build_graph(
             _InProcess(stage),
             groups,
             begins=stage.begins,
-            task_bytes=TASK_BYTES,
+            task_bytes=costs.thread_task_bytes(total, TASK_BYTES),
             name="relex",
         )
         progress.start(name, sum(graph.nbytes.values()))

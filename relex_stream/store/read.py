@@ -13,11 +13,11 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import google_crc32c
 import numpy as np
@@ -77,6 +77,7 @@ class Store:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._records_checked = False
         self.head: Head = read_head(self.path)
         self.manifest: Manifest = decode_manifest(self._record_bytes(self.head.manifest))
         self.tensors: dict[str, StoredTensor] = {
@@ -84,11 +85,14 @@ class Store:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tables are read again where they are needed; a task must stay small.
+        # Tables are read again where they are needed; a task must stay small. But whole records
+        # are checked here, so that copies need only read the columns.
+        self._tables  # noqa: B018
         return {"path": self.path, "rows": len(self.steps), "last": self._last_record()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+        self._records_checked = True
         rows = state["rows"]
         # It shows what it showed before, whatever was appended meanwhile.
         self.head = replace(self.head, steps=self.steps[:rows], commits=self.head.commits[:rows])
@@ -151,11 +155,16 @@ class Store:
         shape = (len(self.steps), self.manifest.blocks)
         frame_bytes, frame_crc, changed = (np.zeros(shape, np.uint32) for _ in range(3))
         delta_sq = np.zeros((len(self.steps), len(self.tensors)))
+        tables = _Tables(frame_bytes, frame_crc, changed, delta_sq)
         for row in range(len(self.steps)):
+            columns = {name: table[row] for name, table in tables.__dict__.items()}
+            if self._records_checked:
+                self._read_columns(row, {name: (0, column) for name, column in columns.items()})
+                continue
             commit = self.commit(row)
-            frame_bytes[row], frame_crc[row] = commit.frame_bytes, commit.frame_crc
-            changed[row], delta_sq[row] = commit.changed, commit.delta_sq
-        return _Tables(frame_bytes, frame_crc, changed, delta_sq)
+            for name, column in columns.items():
+                column[:] = getattr(commit, name)
+        return tables
 
     @property
     def frame_bytes(self) -> NDArray[np.uint32]:
@@ -198,31 +207,29 @@ class Store:
         width = self.manifest.sketch_width
         sketches = np.empty((rows, count, width), np.float16)
         scales = np.empty((rows, count), np.float32)
-        for row, (sketch_at, scale_at) in enumerate(self._sketch_offsets[:rows]):
-            path = self.record_path(self.head.commits[row])
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                done = os.preadv(descriptor, [sketches[row]], sketch_at + 2 * width * first)
-                done += os.preadv(descriptor, [scales[row]], scale_at + 4 * first)
-                if done != sketches[row].nbytes + scales[row].nbytes:
-                    raise CorruptionError(f"{self.path}: record {path.name} is cut short")
-            finally:
-                os.close(descriptor)
+        for row in range(rows):
+            wanted = {
+                "sketch": (2 * width * first, sketches[row]),
+                "sketch_scale": (4 * first, scales[row]),
+            }
+            self._read_columns(row, wanted)
         return sketches, scales
 
-    @cached_property
-    def _sketch_offsets(self) -> list[tuple[int, int]]:
-        return [self._sketch_offsets_of(row) for row in range(len(self.steps))]
+    def _read_columns(self, row: int, wanted: Mapping[str, tuple[int, NDArray[Any]]]) -> None:
+        """Fill arrays from columns of a record, each from an offset in bytes on; unchecked."""
+        path = self.record_path(self.head.commits[row])
+        starts = self._column_starts.get(row)
+        with path.open("rb", buffering=0) as file:
+            if starts is None:
+                starts = self._column_starts[row] = _column_starts_of(file)
+            for name, (offset, out) in wanted.items():
+                done = os.preadv(file.fileno(), [out.data], starts[name] + offset)
+                if done != out.nbytes:
+                    raise CorruptionError(f"{self.path}: record {path.name} is cut short")
 
-    def _sketch_offsets_of(self, row: int) -> tuple[int, int]:
-        with open(self.record_path(self.head.commits[row]), "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        start = 8 + length
-        return (
-            start + header["sketch"]["data_offsets"][0],
-            start + header["sketch_scale"]["data_offsets"][0],
-        )
+    @cached_property
+    def _column_starts(self) -> dict[int, dict[str, int]]:
+        return {}  # by row
 
     # --- chunks ---------------------------------------------------------------------------------
 
@@ -409,6 +416,17 @@ class Store:
     def stored_bytes(self) -> int:
         """Return the bytes of all files of the store."""
         return _bytes_below(str(self.path))
+
+
+def _column_starts_of(file: IO[bytes]) -> dict[str, int]:
+    """Return where the columns of a record begin."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    return {
+        name: 8 + length + place["data_offsets"][0]
+        for name, place in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _bytes_below(directory: str) -> int:

@@ -1,5 +1,6 @@
 import functools
 import os
+import pickle
 import random
 import resource
 import threading
@@ -230,6 +231,24 @@ def test_changed_files_are_named(files, tmp_path, change):
         change(path)
         with pytest.raises(SourceError, match=rf"{path}: (changed while|cannot be read)"):
             reader.verify_unchanged()
+
+
+def test_a_reader_limited_to_some_files_takes_along_no_others(files, tmp_path):
+    first, second, *others = files
+    with CheckpointReader() as reader:
+        for path in files:
+            reader.read(path, 0, np.zeros(4, dtype=np.uint8))
+        state = pickle.dumps(reader.limited_to([first, second]))
+    assert os.fsencode(first) in state
+    assert os.fsencode(second) in state
+    assert not any(os.fsencode(path) in state for path in others)
+    change_time(tmp_path / "file1")
+    with pickle.loads(state) as limited:
+        limited.read(first, 0, np.zeros(4, dtype=np.uint8))
+        with pytest.raises(SourceError, match="file1: changed while"):
+            limited.read(second, 0, np.zeros(4, dtype=np.uint8))
+        with pytest.raises(SourceError, match="file1: changed while"):
+            limited.verify_unchanged([first, second])
 
 
 def test_change_is_seen_on_opening_again(files, tmp_path, monkeypatch):
