@@ -267,11 +267,18 @@ def _added(parts: list[Float64]) -> Float64:
     return total
 
 
-def _block_groups(
+def _groups_of_store(
     store: Store, base: BaseWeights, options: SubspaceOptions
 ) -> list[Group[tuple[BlockOf, ...], Float64 | Subspace]]:
     totals = BlockTotals.of(store, options.rows)
-    tensors = store.manifest.tensors
+    return block_groups(base.in_file_order(changed_tensors(store, options.rows)), totals, options)
+
+
+def block_groups(
+    tensors: Sequence[StoredTensor], totals: BlockTotals, options: SubspaceOptions
+) -> list[Group[tuple[BlockOf, ...], Float64 | Subspace]]:
+    """Return the groups of the statistics of some tensors, in their order."""
+    by_index = {tensor.index: tensor for tensor in tensors}
 
     def with_gram(at: BlockOf) -> int:
         # Small tensors are worked on together: as many as have room for their Gram matrices.
@@ -284,9 +291,9 @@ def _block_groups(
                 totals.changed_blocks(tensor),
                 with_gram if options.is_exact(tensor) else totals.work,
             )
-            for tensor in base.in_file_order(changed_tensors(store, options.rows))
+            for tensor in tensors
         ),
-        passes=lambda index: options.passes(tensors[index]),
+        passes=lambda index: options.passes(by_index[index]),
     )
 
 
@@ -294,7 +301,7 @@ def fetching_first_blocks(
     store: Store, base: BaseWeights, options: SubspaceOptions
 ) -> AbstractContextManager[Any]:
     """Return a context in which the system is asked for what `solve_subspaces` will read first."""
-    groups = _block_groups(store, base, options)
+    groups = _groups_of_store(store, base, options)
     return Fetcher(groups, partial(fetch_blocks, store, base, options.rows))
 
 
@@ -332,7 +339,7 @@ def solve_subspaces(
     """
     results: dict[int, Subspace] = executor.run(
         Statistics(store, base, options, entry_capacity, offload),
-        _block_groups(store, base, options),
+        _groups_of_store(store, base, options),
         workers=workers,
         name="statistics",
         progress=progress,

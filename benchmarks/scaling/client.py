@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scaling.figures import RANK
-from benchmarks.scaling.graphs import STAGES, graph_rows, groups_of, least_shape
-from benchmarks.scaling.models import MODELS, write_hollow
+from benchmarks.scaling.graphs import STAGES, commit_steps, graph_rows, groups_of, least_shape
+from benchmarks.scaling.models import MODELS, Model, write_hollow
 from relex_stream import planner
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights
@@ -57,11 +57,12 @@ class Client:
 
 
 def measure_client(
-    name: str, root: Path, steps: Sequence[int], threads: Sequence[int], share: float
+    name: str, root: Path, steps: Sequence[int], nodes: Sequence[int], cores: int, share: float
 ) -> Client:
     """Do what the commands do before, between and after stages; in a process of its own.
 
-    Times are of the processor, of which there is one: others may be at work here.
+    Nodes have one process of `cores` threads each. Times are of the processor, of which there is
+    one: others may be at work here.
     """
     model = MODELS[name]()
     root = root / name
@@ -87,12 +88,12 @@ def measure_client(
     store, more = _committed(root, base, checkpoints, tensors, shape)
     took |= more
     record_bytes = store.record_path(store.head.commits[-1]).stat().st_size
-    packed = _packed_bytes(root, store, base, places, max(steps))
+    packed = _packed_bytes(root, store, base, places)
     opened_bytes = resident_bytes() - before
     graphs: list[dict[str, Any]] = []
     held = 0
     for stage in STAGES:
-        for count in [STEP_GROUP] if stage == "build" else steps:
+        for count, threads in _sizes(stage, model, shape, steps, nodes, cores).items():
             bare = resident_bytes()
             started = time.process_time()
             groups = groups_of(stage, tensors, count, share)
@@ -115,6 +116,25 @@ def measure_client(
         "groups_bytes": held,
     }
     return Client(row, graphs)
+
+
+def _sizes(
+    stage: str,
+    model: Model,
+    shape: planner.ModelShape,
+    steps: Sequence[int],
+    nodes: Sequence[int],
+    cores: int,
+) -> dict[int, list[int]]:
+    """Return which numbers of threads see a stage of how many steps: commits grow with nodes."""
+    found: dict[int, list[int]] = {}
+    for number in nodes:
+        for count in steps:
+            here = commit_steps(model, shape, count, number) if stage == "build" else count
+            threads = found.setdefault(here, [])
+            if number * cores not in threads:
+                threads.append(number * cores)
+    return found
 
 
 @contextlib.contextmanager
@@ -176,6 +196,9 @@ def _committed(
         store = Store(root / "run.store")
     with _timed(took, "tables_s", len(commits)):
         assert store.frame_bytes.shape == (len(commits), shape.blocks)
+    copy = pickle.loads(pickle.dumps(store))
+    with _timed(took, "columns_s", len(commits)):
+        assert copy.frame_bytes.shape == (len(commits), shape.blocks)
     return store, took
 
 
@@ -184,12 +207,8 @@ def _packed_bytes(
     store: Store,
     base: SourceCheckpoint,
     places: Sequence[CheckpointPlaces],
-    steps: int,
 ) -> dict[str, int]:
-    """Return what each stage is as it is sent to every process.
-
-    A build is told of the files of all checkpoints that it found, though each commit reads some.
-    """
+    """Return what each stage is as it is sent to every process; a commit is one of a group."""
     found: dict[str, Stage[Any, Any, Any]] = {}
     with CheckpointReader() as reader:
         weights = BaseWeights(store, base, reader)
@@ -203,32 +222,31 @@ def _packed_bytes(
             store, weights, filler, [assembly], _OPENED, DEFAULT_ENTRY_CAPACITY, None
         )
         sizes = {name: _packed(stage) for name, stage in found.items()}
-    for name, known in (("packed commit_bytes", STEP_GROUP), ("packed last commit_bytes", steps)):
-        with CheckpointReader() as reader, StoreWriter(root / "run.store") as writer:
-            weights = BaseWeights(store, base, reader)
-            for step in range(1, known + 1):
-                reader.expect(replace(base, directory=str(root / f"step_{step}")))
-            stage = Ingest(
-                root=store.path,
-                fence=writer.fence,
-                store=store,
-                base=weights,
-                reader=reader,
-                checkpoints=[
-                    replace(
-                        places[0],
-                        step=step,
-                        files=tuple(path.replace("step_1", f"step_{step}") for path in files),
-                    )
-                    for step, files in enumerate([places[0].files] * STEP_GROUP, 1)
-                ],
-                seed=0,
-                sketch_width=SKETCH_WIDTH,
-                allow_nonfinite=False,
-                include_base=False,
-                tied_tensors=(),
-            )
-            sizes[name] = _packed(stage)
+    with CheckpointReader() as reader, StoreWriter(root / "run.store") as writer:
+        weights = BaseWeights(store, base, reader)
+        for step in range(1, STEP_GROUP + 1):
+            reader.expect(replace(base, directory=str(root / f"step_{step}")))
+        stage = Ingest(
+            root=store.path,
+            fence=writer.fence,
+            store=store,
+            base=weights,
+            reader=reader,
+            checkpoints=[
+                replace(
+                    places[0],
+                    step=step,
+                    files=tuple(path.replace("step_1", f"step_{step}") for path in files),
+                )
+                for step, files in enumerate([places[0].files] * STEP_GROUP, 1)
+            ],
+            seed=0,
+            sketch_width=SKETCH_WIDTH,
+            allow_nonfinite=False,
+            include_base=False,
+            tied_tensors=(),
+        )
+        sizes["packed commit_bytes"] = _packed(stage)
     return sizes
 
 

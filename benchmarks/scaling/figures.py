@@ -21,6 +21,10 @@ RESIDENT_BYTES = 150 << 20
 """Of a worker process before the work."""
 
 
+MEMORY_LIMIT_BYTES = 8 << 30
+"""That each process may hold; it decides how many steps a commit has where tensors are many."""
+
+
 def element_ns(stage: str, steps: int, share: float) -> float:
     """Return what a weight takes of one core in a stage, in nanoseconds."""
     if stage == "build":

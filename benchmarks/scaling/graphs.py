@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from benchmarks.scaling.figures import STORED_BITS
+from benchmarks.scaling.figures import MEMORY_LIMIT_BYTES, RANK, STORED_BITS
 from benchmarks.scaling.models import Model
 from relex_stream import costs, planner
 from relex_stream.blocks import BlockOf, model_shape
@@ -23,7 +23,7 @@ from relex_stream.graph.tasks import build_graph
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.specs import BLOCK_BYTES
 from relex_stream.store.records import StoredTensor, place_tensors
-from relex_stream.subspaces import BlockTotals
+from relex_stream.subspaces import BlockTotals, SubspaceOptions, block_groups
 
 STAGES = ("build", "statistics", "write")
 """One commit of build-store, and the two stages of extrapolate."""
@@ -54,6 +54,12 @@ def least_shape(tensors: Sequence[StoredTensor]) -> planner.ModelShape:
     return model_shape(tensors, SKETCH_WIDTH)
 
 
+def commit_steps(model: Model, shape: planner.ModelShape, steps: int, nodes: int) -> int:
+    """Return how many of so many steps a commit of a new store takes on so many nodes."""
+    most = planner.statistics_bytes(MEMORY_LIMIT_BYTES)
+    return planner.commit_batch(shape, model.nbytes, 0, steps, most, nodes)
+
+
 def build_groups(tensors: Sequence[StoredTensor], steps: int) -> list[Group[Any, Any]]:
     """Return the groups of a commit of `steps`."""
     return grouped(
@@ -75,13 +81,6 @@ def totals_of(tensors: Sequence[StoredTensor], steps: int, share: float) -> Bloc
         first, last = (math.ceil((stop - start) * share * steps) for start, stop in starts)
         changes += [first] * (tensor.blocks - 1) + [last] * (tensor.blocks > 0)
     return BlockTotals(changes, [math.ceil(count * STORED_BITS / 8) for count in changes])
-
-
-def statistics_groups(
-    tensors: Sequence[StoredTensor], totals: BlockTotals
-) -> list[Group[Any, Any]]:
-    """Return the groups of the statistics, one pass."""
-    return grouped((tensor.index, totals.changed_blocks(tensor), totals.work) for tensor in tensors)
 
 
 def write_groups(
@@ -109,7 +108,8 @@ def groups_of(
         return build_groups(tensors, steps)
     totals = totals_of(tensors, steps, share)
     if stage == "statistics":
-        return statistics_groups(tensors, totals)
+        options = SubspaceOptions(rows=steps, rank=RANK, svd="randomized", power_iterations=1)
+        return block_groups(tensors, totals, options)
     return write_groups(tensors, totals, steps)
 
 

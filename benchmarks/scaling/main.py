@@ -12,6 +12,7 @@ from benchmarks.commands import work_directory
 from benchmarks.report import Report, median, output_options, publish
 from benchmarks.scaling.client import measure_client
 from benchmarks.scaling.cluster import run_graphs, running_cluster
+from benchmarks.scaling.graphs import commit_steps, describe, least_shape
 from benchmarks.scaling.limits import memory_rows
 from benchmarks.scaling.models import MODELS
 from benchmarks.scaling.projection import Site, project, size_rows
@@ -92,7 +93,7 @@ def command(
             # A process of its own: memory is measured, and given back.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(
-                    measure_client, name, work, steps, threads, change_share
+                    measure_client, name, work, steps, nodes, node_cores, change_share
                 ).result()
             clients[name] = found.row
             for row in found.graphs:
@@ -112,13 +113,15 @@ def command(
         report.add(row)
     for name in names:
         model = MODELS[name]()
+        shape = least_shape(describe(model))
         of_model = {key[1:]: count for key, count in tasks.items() if key[0] == name}
         for count in steps:
             for row in memory_rows(model, count, node_cores):
                 report.add(row)
             for number in nodes:
+                commit = commit_steps(model, shape, count, number)
                 for row in project(
-                    model, clients[name], of_model, site, number, count, change_share
+                    model, clients[name], of_model, site, number, count, change_share, commit
                 ):
                     report.add(row)
     report.note(

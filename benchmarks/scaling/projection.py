@@ -14,7 +14,6 @@ from benchmarks.scaling.figures import BUILD_NS, EXTRAPOLATE_NS, RANK, STORED_BI
 from benchmarks.scaling.models import Model
 from relex_stream import costs
 from relex_stream.sketch import SKETCH_WIDTH
-from relex_stream.specs import STEP_GROUP
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ def project(
     nodes: int,
     steps: int,
     share: float,
+    commit: int,
 ) -> list[dict[str, Any]]:
     """Return a row per command: what each part would take by itself, and the longest of them.
 
@@ -57,39 +57,41 @@ def project(
         The row of `measure_client`.
     tasks : mapping
         By stage, steps and threads.
+    commit : int
+        Steps of a commit.
     """
     threads = nodes * site.cores
     moved = site.moved_per_s(nodes)
     changes = share * model.weights
     stored = changes * STORED_BITS / 8
     records = client["record_bytes"]
+    columns = 12 * client["blocks"] + 8 * client["tensors"]
     per_step = 16 * client["blocks"] + (2 * SKETCH_WIDTH + 4 + 17) * client["tensors"]
     back = {
-        "build-store": min(steps, STEP_GROUP) * per_step + 8 * client["blocks"],
+        "build-store": commit * per_step + 8 * client["blocks"],
         "extrapolate": 8 * steps * RANK * client["tensors"],
     }
     build = {"read": 0.0, "cores": 0.0, "scheduler": 0.0, "opening": 0.0, "client": 0.0}
     commits = 0
-    for rows in range(0, steps, STEP_GROUP):
-        batch = min(STEP_GROUP, steps - rows)
+    for rows in range(0, steps, commit):
+        batch = min(commit, steps - rows)
         commits += 1
         # The base and the frames of all earlier steps again; each process its own tables of them.
         build["read"] += ((batch + 1) * model.nbytes + (rows + batch) * stored) / moved
-        build["read"] += nodes * rows * records / moved
+        build["read"] += nodes * rows * columns / moved
         nanoseconds = batch * (BUILD_NS["byte"] * model.nbytes + BUILD_NS["change"] * changes)
         nanoseconds += batch * BUILD_NS["tensor"] * client["tensors"]
         nanoseconds += BUILD_NS["byte"] * model.nbytes
         nanoseconds += rows * costs.CPU_DECODE_NS[2] * changes
         build["cores"] += nanoseconds * 1e-9 / threads
-        build["scheduler"] += tasks["build", STEP_GROUP, threads] * site.task_s
-        build["opening"] += client["open store_s"] + rows * client["tables_s"]
-        build["client"] += batch * (
-            client["open next_s"] + client["match_s"] + client["commit_s"] + client["tables_s"]
-        )
+        build["scheduler"] += tasks["build", commit, threads] * site.task_s
+        build["opening"] += client["open store_s"] + rows * client["columns_s"]
+        build["client"] += batch * (client["open next_s"] + client["match_s"] + client["commit_s"])
+        build["client"] += client["open store_s"] + (rows + batch) * client["tables_s"]
     extrapolate = {
         # What is written counts as read: the file system has one bandwidth here.
-        "read": 2 * (model.nbytes + steps * stored + nodes * steps * records) / moved
-        + model.nbytes / moved,
+        "read": 2 * (model.nbytes + steps * stored + nodes * steps * columns) / moved
+        + (steps * (records - columns) + model.nbytes) / moved,
         "cores": 1e-9
         * (
             EXTRAPOLATE_NS["byte"] * model.nbytes
@@ -100,7 +102,7 @@ def project(
         "scheduler": sum(
             tasks[stage, steps, threads] * site.task_s for stage in ("statistics", "write")
         ),
-        "opening": 2 * (client["open store_s"] + steps * client["tables_s"]),
+        "opening": 2 * (client["open store_s"] + steps * client["columns_s"]),
         "client": client["open store_s"] + steps * client["tables_s"],
     }
     found = []
@@ -117,11 +119,11 @@ def project(
                 "model": model.name,
                 "command": command,
                 "checkpoints": steps,
+                "commit": commit if command == "build-store" else None,
                 "nodes": nodes,
                 "threads": threads,
                 "tasks": sum(
-                    tasks[stage, STEP_GROUP if stage == "build" else steps, threads]
-                    for stage in stages
+                    tasks[stage, commit if stage == "build" else steps, threads] for stage in stages
                 )
                 * (commits if command == "build-store" else 1),
                 **{f"{name}_s": seconds for name, seconds in parts.items()},

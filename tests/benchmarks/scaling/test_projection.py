@@ -19,11 +19,12 @@ def test_more_nodes_take_no_longer_but_for_the_scheduler():
         "match_s": 0.1,
         "commit_s": 0.1,
         "tables_s": 0.1,
+        "columns_s": 0.1,
     }
     tasks = {("build", 16, n): 7 for n in (4, 40)}
     tasks |= {(stage, 20, n): 7 for n in (4, 40) for stage in ("statistics", "write")}
     site = Site(4, 1e9, 1e10, 1e-3)
-    few, many = (project(SMALL, client, tasks, site, n, 20, 0.005) for n in (1, 10))
+    few, many = (project(SMALL, client, tasks, site, n, 20, 0.005, 16) for n in (1, 10))
     for one, ten in zip(few, many, strict=True):
         for part in ("read_s", "cores_s"):
             assert 0 < ten[part] < one[part]
