@@ -200,12 +200,13 @@ def gram_worker_bytes(shape: ModelShape, entry_capacity: int, rows: int) -> int:
     no more than `GRAMS_AT_HAND_BYTES`.
     """
     entries = 16 * max(entry_capacity, shape.largest_block)
+    gram = 8 * rows * rows
     return (
         sweep_worker_bytes(shape, entry_capacity)
         + min(GRAM_COLUMNS_BYTES, entries + GRAM_COLUMNS_BYTES // 2)
         + entries
-        + (2 + PARTIALS_AT_HAND) * 8 * rows * rows
-        + GRAMS_AT_HAND_BYTES
+        + (2 + PARTIALS_AT_HAND) * gram
+        + min(GRAMS_AT_HAND_BYTES, shape.tensors * gram)
     )
 
 

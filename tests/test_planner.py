@@ -49,7 +49,7 @@ DEPENDS_ON = {
     "ingest shared": {"tensors", "sketched", "blocks", "sketch_width"},
     "sweep": BY_BLOCK,
     "power": BY_BLOCK,
-    "gram": BY_BLOCK,
+    "gram": BY_BLOCK | {"tensors"},
     "write": BY_BLOCK,
     "copy": BY_BLOCK,
     "extrapolate shared": {"tensors", "blocks"},
