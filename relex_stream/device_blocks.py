@@ -9,7 +9,6 @@ This module imports torch: import it once there is a device to use.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -23,7 +22,7 @@ from relex_stream.block_reader import BlockReader
 from relex_stream.blocks import BlockOf, Blocks
 from relex_stream.dense import DenseBlock, Staging
 from relex_stream.devices import DevicePool, Loan
-from relex_stream.errors import RelexStreamWarning
+from relex_stream.errors import warn_from_task
 from relex_stream.ulp import Bits
 
 Float64 = NDArray[np.float64]
@@ -195,11 +194,9 @@ class DeviceBlocks:
             if loan.number in self._warned:
                 return
             self._warned.add(loan.number)
-        warnings.warn(
+        warn_from_task(
             f"{loan.device.name} has no memory for half of a block of {at.elements} weights "
-            f"(tensor {at.tensor.name}); the CPU works on such blocks, more slowly",
-            RelexStreamWarning,
-            stacklevel=2,
+            f"(tensor {at.tensor.name}); the CPU works on such blocks, more slowly"
         )
 
 

@@ -4,6 +4,13 @@ Each leaf is also the built-in exception a caller would expect, so ``except OSEr
 ``except ValueError`` keeps working. Messages say what was found, where, and what to do next.
 """
 
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 
 class RelexStreamError(Exception):
     """Root of all errors of this package; the command line shows them as one line."""
@@ -55,3 +62,28 @@ class DeviceError(RelexStreamError, RuntimeError):
 
 class RelexStreamWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+
+_told: ContextVar[Callable[[str], None] | None] = ContextVar("told", default=None)
+
+
+def warn_from_task(text: str) -> None:
+    """Give a `RelexStreamWarning`, from work that may be done in another process than its user's.
+
+    There the warning goes to whom `telling` names, who brings it here.
+    """
+    tell = _told.get()
+    if tell is not None:
+        tell(text)
+    else:
+        warnings.warn(text, RelexStreamWarning, stacklevel=3)
+
+
+@contextmanager
+def telling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Return a context in which this thread's warnings of tasks go to a function."""
+    before = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(before)

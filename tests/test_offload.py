@@ -296,5 +296,39 @@ def test_workers_with_a_device_do_what_one_process_does(
         assert np.array_equal(bits, there[name]), name
 
 
+def _have_no_memory() -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    device_blocks.DenseBlock = full  # type: ignore[assignment,misc]
+
+
+def _have_memory() -> None:
+    device_blocks.DenseBlock = dense.DenseBlock  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("pretend")
+def test_what_workers_warn_of_is_given_once_by_the_command(
+    store: Path, tmp_path: Path, gpu_workers: str
+) -> None:
+    with (
+        distributed.Client(gpu_workers, set_as_default=False) as client,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always", RelexStreamWarning)
+        client.run(_have_no_memory)
+        try:
+            there = extrapolated(store, tmp_path / "there", devices="cuda", scheduler=gpu_workers)
+        finally:
+            client.run(_have_memory)
+    # Both stages come to it, with the same tensors; each worker may begin with another.
+    texts = [str(warning.message) for warning in caught]
+    assert len(set(texts)) == len(texts) >= 1
+    assert all(text.startswith("pretend 0 has no memory for half of a block") for text in texts)
+    here = extrapolated(store, tmp_path / "here", devices="cpu")
+    for name, bits in here.items():
+        assert np.array_equal(bits, there[name]), name
+
+
 def test_offload_imports_no_torch() -> None:
     assert "torch" not in vars(offload)

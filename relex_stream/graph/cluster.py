@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relex_stream import costs, machine, planner
-from relex_stream.errors import ClusterError
+from relex_stream.errors import ClusterError, RelexStreamWarning
 from relex_stream.graph.packed import PackedStage
 from relex_stream.graph.stage_run import StageRun
 from relex_stream.graph.stages import TASK_BYTES, Group, Stage
@@ -46,6 +47,7 @@ class Cluster:
         self._client = client
         self._memory_limit = memory_limit
         self._threads = 1  # of all processes, once they were asked
+        self._warned: set[str] = set()
 
     def places(self) -> planner.Places:
         """As in `Executor`; a worker has a device if it says so by the resource ``GPU``."""
@@ -141,10 +143,16 @@ class Cluster:
         resources = {GPU: stage.device_share} if stage.device_share else None
         results: Mapping[Any, list[Any]] = {}
         if graph.outputs:
-            results = StageRun(self._client, run, graph, progress, resources).results()
+            results = StageRun(self._client, run, graph, progress, resources, self._warn).results()
         progress.finish()
         return {
             key: result
             for done, keys in graph.outputs.items()
             for key, result in zip(keys, results[done], strict=True)
         }
+
+    def _warn(self, text: str) -> None:
+        """Warn of what tasks told, of stages and processes that may all tell the same."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, RelexStreamWarning, stacklevel=2)

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from threadpoolctl import threadpool_limits
 
-from relex_stream.errors import ClusterError
+from relex_stream.errors import ClusterError, telling
 from relex_stream.graph.stages import Stage
 from relex_stream.versions import difference, versions
 
 TOPIC = "relex-stream"
-"""Of the events by which tasks tell what they have done: run, key, bytes."""
+"""Of the events by which tasks tell what they have done: run, key, bytes, warnings."""
 
 
 class PackedStage:
@@ -49,16 +49,19 @@ class PackedStage:
     @contextmanager
     def turn(self, key: Hashable, nbytes: int) -> Iterator[Stage[Any, Any, Any]]:
         """Wait for one of the process's workers; tell the client once the work is done."""
+        told: list[str] = []
         with _counted(self._state.run):
             opened = self._open()
             with opened.slots:
                 _check_wanted(self._state.run)
-                yield opened.stage
+                with telling(told.append):
+                    yield opened.stage
                 opened.stage.settle()
-        if isinstance(key, tuple):
+        keys = list(key) if isinstance(key, tuple) else []
+        if keys or told:
             from distributed import get_worker
 
-            get_worker().log_event(TOPIC, [self._state.run, list(key), nbytes])
+            get_worker().log_event(TOPIC, [self._state.run, keys, nbytes, told])
 
     def _open(self) -> _Opened:
         with _lock:

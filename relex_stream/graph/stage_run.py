@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from relex_stream.errors import ClusterError, RelexStreamWarning
@@ -52,6 +52,8 @@ class StageRun:
         Is told of bytes as tasks finish, once for each; the calling thread alone calls it.
     resources : dict, optional
         What each task takes of its worker's.
+    warn : callable
+        Is given what tasks warn of; from the calling thread too.
     """
 
     def __init__(
@@ -61,13 +63,15 @@ class StageRun:
         graph: TaskGraph,
         progress: Progress,
         resources: dict[str, float] | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._client = client
         self._run = run
         self._graph = graph
         self._progress = progress
         self._resources = resources
-        # Batches of finished futures, and keys of finished tasks, for the thread that waits.
+        self._warn = warn
+        # Batches of finished futures, and what tasks told, for the thread that waits.
         self._news: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reported: set[Any] = set()
 
@@ -112,9 +116,9 @@ class StageRun:
         return results
 
     def _hear(self, event: tuple[float, Any]) -> None:
-        _, (run, key, nbytes) = event
+        _, (run, key, nbytes, told) = event
         if run == self._run:
-            self._news.put((tuple(key), nbytes))
+            self._news.put((tuple(key), nbytes, told))
 
     def _collect(self, futures: list[Future], results: dict[Any, list[Any]]) -> None:
         waiting = threading.Thread(
@@ -134,7 +138,11 @@ class StageRun:
             if isinstance(news, Exception):
                 raise news
             if isinstance(news, tuple):
-                self._report(*news)
+                key, nbytes, told = news
+                self._report(key, nbytes)
+                # Told before their task's result is: none is still on its way in the end.
+                for text in told:
+                    self._warn(text)
             elif news:
                 if not done:
                     collect_at = time.monotonic() + COLLECT_S
