@@ -12,7 +12,11 @@ import numpy as np
 
 from relex_stream.graph import Stage, cluster
 from relex_stream.specs import NoProgress, Progress
+from tests.make_checkpoints import Trajectory
+from tests.make_stores import build_store
 from tests.test_graph import value_of
+
+TENSORS = {"model.embed.weight": (300, 90), "a.weight": (90, 70), "b.bias": (90,), "c.weight": (5,)}
 
 
 @contextmanager
@@ -88,6 +92,18 @@ class Numbers(Stage):  # type: ignore[type-arg]
 
     def finish(self, key, value, total, *, last):  # type: ignore[no-untyped-def]
         return total
+
+
+def build(run: Trajectory, store: Path, **options: Any) -> None:
+    """Build a store, or append to it, in small blocks and with sketches of small tensors."""
+    build_store(
+        run.base,
+        run.checkpoints,
+        store,
+        block_bytes=2 << 10,
+        sketch_min_elements=1000,
+        **options,
+    )
 
 
 def tree(directory: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Stages on real clusters of processes: the same bits, whatever dies, and refusals that say why."""
+"""Stages on real clusters of processes: the same bits, and refusals that say why."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import gc
 import os
 import pickle
 import re
-import signal
-import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,72 +30,19 @@ from relex_stream.errors import (
     StoreError,
 )
 from relex_stream.graph import (
-    Stage,
     cluster,
     connect,
     open_executor,
     packed,
-    run_in_order,
     stages,
     workers,
 )
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import NoProgress
-from relex_stream.store import Store, StoreWriter
-from relex_stream.store.write import Fence
+from relex_stream.store import Store
+from tests.clusters.runs import Numbers, build, no_warm_up, tree
 from tests.make_checkpoints import Trajectory, make_trajectory
-from tests.make_stores import build_store
-from tests.test_graph import Recorder, groups_of, value_of
-
-TENSORS = {"model.embed.weight": (300, 90), "a.weight": (90, 70), "b.bias": (90,), "c.weight": (5,)}
-
-
-@pytest.fixture(scope="module")
-def scheduler() -> Iterator[str]:
-    """The address of a cluster of two processes with two threads each."""
-    with distributed.LocalCluster(
-        n_workers=2,
-        threads_per_worker=2,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        memory_limit=0,
-    ) as workers:
-        yield workers.scheduler_address
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
-    """Twenty steps of four tensors, two of which are cut into many blocks."""
-    root = tmp_path_factory.mktemp("run")
-    return make_trajectory(root, steps=range(1, 21), tensors=TENSORS, change_share=0.1)
-
-
-@pytest.fixture
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have stages of a few kilobytes cut into many tasks, as large ones are."""
-    monkeypatch.setattr(stages, "TASK_BYTES", 4 << 10)
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: 16 << 10)
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and path.name != "relex_stream.json"
-    }
-
-
-def build(run: Trajectory, store: Path, **options: object) -> None:
-    build_store(
-        run.base,
-        run.checkpoints,
-        store,
-        block_bytes=2 << 10,
-        sketch_min_elements=1000,
-        **options,
-    )
-
+from tests.test_graph import Recorder, groups_of
 
 # --- the same bits -----------------------------------------------------------------------------
 
@@ -231,7 +175,7 @@ def test_a_stage_is_opened_once_in_a_process_and_closed_when_it_is_done(schedule
     with distributed.Client(scheduler, set_as_default=False) as client:
         client.run(_forget_openings)
         executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.prepare(no_warm_up, None, NoProgress())
         executor.run(Opens(), groups, workers=2, name="opens", progress=NoProgress())
         opened = client.run(_openings)
         assert all(count["opened"] <= 1 for count in opened.values())
@@ -254,23 +198,6 @@ def _forget_openings() -> None:
     _OPENINGS.clear()
 
 
-def _no_warm_up(formats: object, progress: object) -> None:
-    pass
-
-
-class Numbers(Stage):  # type: ignore[type-arg]
-    """Sums that show every change of their order."""
-
-    def work(self, tasks, values):  # type: ignore[no-untyped-def]
-        return [value_of(task) for task in tasks]
-
-    def combine(self, partials):  # type: ignore[no-untyped-def]
-        return np.sum(partials, axis=0)
-
-    def finish(self, key, value, total, *, last):  # type: ignore[no-untyped-def]
-        return total
-
-
 class Opens(Numbers):
     """Counts, in each process, how often it is opened and closed."""
 
@@ -289,7 +216,7 @@ def test_no_more_tasks_run_in_a_process_than_it_has_memory_for(
     groups = groups_of([1] * 12)
     with distributed.Client(scheduler, set_as_default=False) as client:
         executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.prepare(no_warm_up, None, NoProgress())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(costs, "cluster_task_bytes", lambda *_: 1)
             most = executor.run(
@@ -307,47 +234,6 @@ class AtATime(Numbers):
         found = AtATime.running
         AtATime.running -= 1
         return [found] * len(tasks)
-
-
-# --- what dies ---------------------------------------------------------------------------------
-
-
-class KillsOnce(Numbers):
-    """Ends the first processes that come to a task, in the middle of it."""
-
-    def __init__(self, marks: Path, deaths: int) -> None:
-        super().__init__()
-        self.marks = marks
-        self.deaths = deaths
-
-    def work(self, tasks, values):  # type: ignore[no-untyped-def]
-        if tasks[0][1] == 5:
-            for death in range(self.deaths):
-                try:
-                    (self.marks / str(death)).mkdir()
-                except FileExistsError:
-                    continue
-                os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.01)
-        return super().work(tasks, values)
-
-
-@pytest.fixture
-def mortal() -> Iterator[distributed.Client]:
-    """A cluster whose workers may die."""
-    with (
-        distributed.LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-            silence_logs=50,
-        ) as workers,
-        distributed.Client(workers.scheduler_address, set_as_default=False) as client,
-    ):
-        yield client
 
 
 class Slow(Numbers):
@@ -369,7 +255,7 @@ def test_processes_get_equal_shares(
     if len({pid % 2 for pid in pids}) < 2:
         mortal.run(_add_to_pid, workers=[next(iter(mortal.nthreads()))])
     executor = cluster.Cluster(mortal)
-    executor.prepare(_no_warm_up, None, NoProgress())
+    executor.prepare(no_warm_up, None, NoProgress())
     groups = groups_of([9, *[1] * 150, 9, 9])
     found = executor.run(Slow(), groups, workers=1, name="slow", progress=NoProgress())
     shares = sum(found.values())[0]
@@ -380,181 +266,6 @@ def test_processes_get_equal_shares(
 def _add_to_pid() -> None:
     getpid = os.getpid
     os.getpid = lambda: getpid() + 1
-
-
-def test_what_a_dead_worker_did_is_done_again(
-    mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
-    groups = groups_of([20, 1, 9])
-    progress = Recorder()
-    executor = cluster.Cluster(mortal)
-    executor.prepare(_no_warm_up, None, NoProgress())
-    found = executor.run(KillsOnce(tmp_path, 2), groups, workers=1, name="kills", progress=progress)
-    assert len(list(tmp_path.iterdir())) == 2
-    expected = run_in_order(Numbers(), groups)
-    assert list(found) == list(expected)
-    for key, total in expected.items():
-        assert found[key].tobytes() == total.tobytes()
-    # What was done twice is told of once.
-    advances = [event[1] for event in progress.events if event[0] == "advance"]
-    assert sum(advances) == sum(group.nbytes for group in groups)
-    assert progress.threads == {threading.get_ident()}
-
-
-def test_a_task_that_ends_every_worker_is_given_up(
-    mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
-    executor = cluster.Cluster(mortal)
-    executor.prepare(_no_warm_up, None, NoProgress())
-    with pytest.raises(ClusterError, match="was running on 4 workers when they died"):
-        executor.run(
-            KillsOnce(tmp_path, 9), groups_of([9]), workers=1, name="kills", progress=NoProgress()
-        )
-
-
-@pytest.mark.usefixtures("small_tasks")
-@pytest.mark.parametrize("stage", ["build", "extrapolate"])
-def test_files_are_whole_after_workers_were_killed_at_random(
-    mortal: distributed.Client, run: Trajectory, tmp_path: Path, stage: str
-) -> None:
-    build(run, tmp_path / "here")
-    here = tmp_path / "here"
-    if stage == "extrapolate":
-        here = tmp_path / "here.out"
-        rs.extrapolate(tmp_path / "here", here, target_steps=[30], power_iterations=6)
-    stop = threading.Event()
-    killed = 0
-
-    def kill() -> None:
-        nonlocal killed
-        rng = np.random.default_rng(0)
-        while not stop.wait(rng.random() * 0.4) and killed < 3:
-            pids = list(mortal.run(os.getpid, on_error="ignore").values())
-            if pids:
-                os.kill(int(rng.choice(pids)), signal.SIGKILL)
-                killed += 1
-
-    killer = threading.Thread(target=kill)
-    address = mortal.scheduler_info()["address"]
-    executor_prepare = cluster.Cluster.prepare
-
-    def prepare(*arguments):  # type: ignore[no-untyped-def]
-        capacity = executor_prepare(*arguments)
-        killer.start()  # not before: a worker that dies there is asked again by hand
-        return capacity
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster.Cluster, "prepare", prepare)
-        there = tmp_path / "there"
-        if stage == "build":
-            build(run, there, scheduler=address)
-        else:
-            rs.extrapolate(
-                tmp_path / "here", there, target_steps=[30], power_iterations=6, scheduler=address
-            )
-    stop.set()
-    killer.join()
-    assert killed
-    assert tree(there) == tree(here)
-
-
-class Stuck(Numbers):
-    """Fails in one task while another goes on for a while; marks when that ends."""
-
-    def __init__(self, marks: Path) -> None:
-        super().__init__()
-        self.marks = marks
-
-    def work(self, tasks, values):  # type: ignore[no-untyped-def]
-        if tasks[0][1] == 0:
-            (self.marks / "begun").touch()
-            time.sleep(1.5)
-            (self.marks / "ended").touch()
-        elif tasks[0][1] == 1:
-            while not (self.marks / "begun").exists():
-                time.sleep(0.01)
-            raise CorruptionError("tensor x, block 1: damaged")
-        return super().work(tasks, values)
-
-
-def test_after_an_error_no_task_is_left_running(
-    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
-    with distributed.Client(scheduler, set_as_default=False) as client:
-        executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
-        with pytest.raises(CorruptionError, match="tensor x, block 1: damaged"):
-            executor.run(
-                Stuck(tmp_path), groups_of([9]), workers=2, name="stuck", progress=NoProgress()
-            )
-        assert (tmp_path / "ended").exists()
-        time.sleep(0.2)
-        assert not any(client.processing().values())
-
-
-def test_a_task_of_a_build_that_has_ended_writes_nothing(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "store") as writer:
-        fence = writer.fence
-        fence.check()
-    with pytest.raises(StoreError, match="is not held by the build"):
-        fence.check()
-    with StoreWriter(tmp_path / "store") as writer:
-        writer.fence.check()
-        with pytest.raises(StoreError, match="is not held by the build"):
-            fence.check()
-
-
-def test_frames_are_written_only_while_the_build_holds_its_lock(
-    run: Trajectory, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enter = StoreWriter.__enter__
-
-    def of_another(self: StoreWriter) -> StoreWriter:
-        enter(self)
-        self.fence = Fence(self.fence.lock, b"another")
-        return self
-
-    monkeypatch.setattr(StoreWriter, "__enter__", of_another)
-    with pytest.raises(StoreError, match="is not held by the build"):
-        build(run, tmp_path / "store", scheduler=scheduler)
-    assert not [path for path in tmp_path.rglob("c.*.*") if path.stat().st_size]
-
-
-class Settles(Numbers):
-    """Marks when it works and when it settles."""
-
-    def __init__(self, marks: Path) -> None:
-        super().__init__()
-        self.marks = marks
-
-    def work(self, tasks, values):  # type: ignore[no-untyped-def]
-        self.of_thread(list).append(tasks[0])
-        return super().work(tasks, values)
-
-    def settle(self) -> None:
-        for group, place in self.of_thread(list):
-            (self.marks / f"{group}-{place}").touch()
-        self.of_thread(list).clear()
-
-    def finish(self, key, value, total, *, last):  # type: ignore[no-untyped-def]
-        # What came before is on the disk by then.
-        return len(list(self.marks.iterdir()))
-
-
-def test_what_a_task_wrote_is_on_the_disk_before_it_counts(
-    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
-    with distributed.Client(scheduler, set_as_default=False) as client:
-        executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
-        found = executor.run(
-            Settles(tmp_path), groups_of([9]), workers=2, name="settles", progress=NoProgress()
-        )
-    assert list(found.values()) == [9]
 
 
 class Blas(Numbers):
@@ -569,7 +280,7 @@ class Blas(Numbers):
 def test_workers_use_one_thread_for_blas(scheduler: str) -> None:
     with distributed.Client(scheduler, set_as_default=False) as client:
         executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.prepare(no_warm_up, None, NoProgress())
         client.run(_give_blas_threads)
         found = executor.run(
             Blas(), groups_of([1] * 4), workers=2, name="blas", progress=NoProgress()
@@ -581,31 +292,6 @@ def _give_blas_threads() -> None:
     threadpool_limits(3, user_api="blas")
 
 
-def test_limits_of_blas_that_overlap_end_with_the_last() -> None:
-    def threads() -> set[int]:
-        return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-
-    with threadpool_limits(3, user_api="blas"):
-        blas = packed._Blas()
-        blas.limit()
-        blas.limit()
-        assert threads() == {1}
-        blas.release()
-        assert threads() == {1}
-        blas.release()
-        assert threads() == {3}
-
-
-def test_tasks_of_a_run_that_was_given_up_are_refused() -> None:
-    stage = packed.PackedStage(Numbers(), "some-run", 1)
-    with stage.turn(None, 0):
-        # Counted from before it opens anything.
-        assert packed.abandon("some-run") == 1
-    assert packed.abandon("some-run") == 0
-    with pytest.raises(ClusterError, match="has given it up"), stage.turn(None, 0):
-        pass
-
-
 class FullDisk(Numbers):
     def work(self, tasks, values):  # type: ignore[no-untyped-def]
         raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
@@ -614,7 +300,7 @@ class FullDisk(Numbers):
 def test_errors_of_the_disk_are_not_blamed_on_the_scheduler(scheduler: str) -> None:
     with distributed.Client(scheduler, set_as_default=False) as client:
         executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.prepare(no_warm_up, None, NoProgress())
         with pytest.raises(OSError, match="No space left on device: '/data/x'"):
             executor.run(FullDisk(), groups_of([1]), workers=1, name="full", progress=NoProgress())
 
@@ -716,7 +402,7 @@ def test_a_scheduler_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -
         open_executor(scheduler=empty.scheduler_address) as executor,
         pytest.raises(ClusterError, match="has no workers; start some with: dask worker"),
     ):
-        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.prepare(no_warm_up, None, NoProgress())
 
 
 def _pretend_other_numpy() -> None:
@@ -747,7 +433,7 @@ def test_workers_of_other_versions_are_refused(
 def test_workers_of_other_versions_that_come_later_are_refused(scheduler: str) -> None:
     with distributed.Client(scheduler, set_as_default=False) as client:
         executor = cluster.Cluster(client)
-        executor.prepare(_no_warm_up, None, NoProgress())
+        executor.prepare(no_warm_up, None, NoProgress())
         client.run(_pretend_other_numpy)
         try:
             with pytest.raises(

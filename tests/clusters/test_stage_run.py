@@ -12,20 +12,13 @@ from typing import Any
 import distributed
 import pytest
 
-from relex_stream import costs
 from relex_stream.errors import RelexStreamWarning, telling, warn_from_task
-from relex_stream.graph import run_in_order, stage_run, stages
+from relex_stream.graph import run_in_order, stage_run
 from relex_stream.graph.stage_run import StageRun
 from relex_stream.graph.tasks import TaskGraph
 from relex_stream.specs import NoProgress
-from tests.clusters import Numbers, client_of, prepared, processes, run_stage, within
+from tests.clusters.runs import Numbers, client_of, prepared, processes, run_stage, within
 from tests.test_graph import groups_of
-
-
-@pytest.fixture
-def each_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every group be a dask task of its own."""
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: 1)
 
 
 @pytest.fixture
@@ -226,11 +219,9 @@ class Warns(Numbers):
         return super().finish(key, value, total, last=last)
 
 
+@pytest.mark.usefixtures("cut_to_leaves")
 @pytest.mark.parametrize("where", ["a process of its own", "this process"])
-def test_what_tasks_warn_of_is_given_once_by_who_sent_them(
-    monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+def test_what_tasks_warn_of_is_given_once_by_who_sent_them(where: str) -> None:
     begun = processes(1) if where == "a process of its own" else within({"nthreads": 2})
     with (
         begun as scheduler,
@@ -258,6 +249,8 @@ def test_without_a_cluster_they_are_warnings_as_any() -> None:
         elsewhere.start()
         elsewhere.join()
     assert told == ["here"]
+    with pytest.warns(RelexStreamWarning, match="^again$"):
+        warn_from_task("again")
 
 
 def _warn_elsewhere() -> None:

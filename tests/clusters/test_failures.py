@@ -1,0 +1,219 @@
+"""What dies, fails or is given up on a cluster, and that files are whole all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import distributed
+import numpy as np
+import pytest
+
+import relex_stream as rs
+from relex_stream import costs
+from relex_stream.errors import ClusterError, CorruptionError, StoreError
+from relex_stream.graph import cluster, run_in_order, stages
+from relex_stream.specs import NoProgress
+from relex_stream.store import StoreWriter
+from relex_stream.store.write import Fence
+from tests.clusters.runs import Numbers, build, no_warm_up, tree
+from tests.make_checkpoints import Trajectory
+from tests.test_graph import Recorder, groups_of
+
+
+class KillsOnce(Numbers):
+    """Ends the first processes that come to a task, in the middle of it."""
+
+    def __init__(self, marks: Path, deaths: int) -> None:
+        super().__init__()
+        self.marks = marks
+        self.deaths = deaths
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        if tasks[0][1] == 5:
+            for death in range(self.deaths):
+                try:
+                    (self.marks / str(death)).mkdir()
+                except FileExistsError:
+                    continue
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+        return super().work(tasks, values)
+
+
+def test_what_a_dead_worker_did_is_done_again(
+    mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    groups = groups_of([20, 1, 9])
+    progress = Recorder()
+    executor = cluster.Cluster(mortal)
+    executor.prepare(no_warm_up, None, NoProgress())
+    found = executor.run(KillsOnce(tmp_path, 2), groups, workers=1, name="kills", progress=progress)
+    assert len(list(tmp_path.iterdir())) == 2
+    expected = run_in_order(Numbers(), groups)
+    assert list(found) == list(expected)
+    for key, total in expected.items():
+        assert found[key].tobytes() == total.tobytes()
+    # What was done twice is told of once.
+    advances = [event[1] for event in progress.events if event[0] == "advance"]
+    assert sum(advances) == sum(group.nbytes for group in groups)
+    assert progress.threads == {threading.get_ident()}
+
+
+def test_a_task_that_ends_every_worker_is_given_up(
+    mortal: distributed.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    executor = cluster.Cluster(mortal)
+    executor.prepare(no_warm_up, None, NoProgress())
+    with pytest.raises(ClusterError, match="was running on 4 workers when they died"):
+        executor.run(
+            KillsOnce(tmp_path, 9), groups_of([9]), workers=1, name="kills", progress=NoProgress()
+        )
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("stage", ["build", "extrapolate"])
+def test_files_are_whole_after_workers_were_killed_at_random(
+    mortal: distributed.Client, run: Trajectory, tmp_path: Path, stage: str
+) -> None:
+    build(run, tmp_path / "here")
+    here = tmp_path / "here"
+    if stage == "extrapolate":
+        here = tmp_path / "here.out"
+        rs.extrapolate(tmp_path / "here", here, target_steps=[30], power_iterations=6)
+    stop = threading.Event()
+    killed = 0
+
+    def kill() -> None:
+        nonlocal killed
+        rng = np.random.default_rng(0)
+        while not stop.wait(rng.random() * 0.4) and killed < 3:
+            pids = list(mortal.run(os.getpid, on_error="ignore").values())
+            if pids:
+                os.kill(int(rng.choice(pids)), signal.SIGKILL)
+                killed += 1
+
+    killer = threading.Thread(target=kill)
+    address = mortal.scheduler_info()["address"]
+    executor_prepare = cluster.Cluster.prepare
+
+    def prepare(*arguments):  # type: ignore[no-untyped-def]
+        capacity = executor_prepare(*arguments)
+        killer.start()  # not before: a worker that dies there is asked again by hand
+        return capacity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.Cluster, "prepare", prepare)
+        there = tmp_path / "there"
+        if stage == "build":
+            build(run, there, scheduler=address)
+        else:
+            rs.extrapolate(
+                tmp_path / "here", there, target_steps=[30], power_iterations=6, scheduler=address
+            )
+    stop.set()
+    killer.join()
+    assert killed
+    assert tree(there) == tree(here)
+
+
+class Stuck(Numbers):
+    """Fails in one task while another goes on for a while; marks when that ends."""
+
+    def __init__(self, marks: Path) -> None:
+        super().__init__()
+        self.marks = marks
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        if tasks[0][1] == 0:
+            (self.marks / "begun").touch()
+            time.sleep(1.5)
+            (self.marks / "ended").touch()
+        elif tasks[0][1] == 1:
+            while not (self.marks / "begun").exists():
+                time.sleep(0.01)
+            raise CorruptionError("tensor x, block 1: damaged")
+        return super().work(tasks, values)
+
+
+def test_after_an_error_no_task_is_left_running(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        executor = cluster.Cluster(client)
+        executor.prepare(no_warm_up, None, NoProgress())
+        with pytest.raises(CorruptionError, match="tensor x, block 1: damaged"):
+            executor.run(
+                Stuck(tmp_path), groups_of([9]), workers=2, name="stuck", progress=NoProgress()
+            )
+        assert (tmp_path / "ended").exists()
+        time.sleep(0.2)
+        assert not any(client.processing().values())
+
+
+def test_a_task_of_a_build_that_has_ended_writes_nothing(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        fence = writer.fence
+        fence.check()
+    with pytest.raises(StoreError, match="is not held by the build"):
+        fence.check()
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.fence.check()
+        with pytest.raises(StoreError, match="is not held by the build"):
+            fence.check()
+
+
+def test_frames_are_written_only_while_the_build_holds_its_lock(
+    run: Trajectory, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter = StoreWriter.__enter__
+
+    def of_another(self: StoreWriter) -> StoreWriter:
+        enter(self)
+        self.fence = Fence(self.fence.lock, b"another")
+        return self
+
+    monkeypatch.setattr(StoreWriter, "__enter__", of_another)
+    with pytest.raises(StoreError, match="is not held by the build"):
+        build(run, tmp_path / "store", scheduler=scheduler)
+    assert not [path for path in tmp_path.rglob("c.*.*") if path.stat().st_size]
+
+
+class Settles(Numbers):
+    """Marks when it works and when it settles."""
+
+    def __init__(self, marks: Path) -> None:
+        super().__init__()
+        self.marks = marks
+
+    def work(self, tasks, values):  # type: ignore[no-untyped-def]
+        self.of_thread(list).append(tasks[0])
+        return super().work(tasks, values)
+
+    def settle(self) -> None:
+        for group, place in self.of_thread(list):
+            (self.marks / f"{group}-{place}").touch()
+        self.of_thread(list).clear()
+
+    def finish(self, key, value, total, *, last):  # type: ignore[no-untyped-def]
+        # What came before is on the disk by then.
+        return len(list(self.marks.iterdir()))
+
+
+def test_what_a_task_wrote_is_on_the_disk_before_it_counts(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        executor = cluster.Cluster(client)
+        executor.prepare(no_warm_up, None, NoProgress())
+        found = executor.run(
+            Settles(tmp_path), groups_of([9]), workers=2, name="settles", progress=NoProgress()
+        )
+    assert list(found.values()) == [9]
