@@ -10,6 +10,8 @@ import re
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import relex_stream as rs
 from relex_stream import costs, machine, planner
+from relex_stream.base_weights import open_base
+from relex_stream.blocks import BlockOf, Workspace
 from relex_stream.errors import (
     ClusterError,
     CorruptionError,
@@ -37,10 +41,19 @@ from relex_stream.graph import (
     stages,
     workers,
 )
+from relex_stream.graph.workers import Worker
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import NoProgress
 from relex_stream.store import Store
-from tests.clusters.runs import Numbers, build, no_warm_up, tree
+from tests.clusters.runs import (
+    Numbers,
+    build,
+    client_of,
+    no_warm_up,
+    run_stage,
+    tree,
+    within,
+)
 from tests.make_checkpoints import Trajectory, make_trajectory
 from tests.test_graph import Recorder, groups_of
 
@@ -347,6 +360,22 @@ def test_a_batch_is_told_of_its_own_files(
     assert steps == [set(range(1, 9)), set(range(9, 17)), set(range(17, 21))]
 
 
+def test_a_pickled_base_expects_the_files_that_were_there(tmp_path: Path) -> None:
+    run = make_trajectory(tmp_path, steps=range(1, 3))
+    build(run, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    with CheckpointReader() as reader:
+        base = open_base(store, None, reader)
+        state = pickle.dumps(base)
+        (path, *_) = open_checkpoint(run.base, 0).weights_paths
+        # The same bytes: checksums would not tell.
+        os.utime(path, ns=(1, 1))
+        at = BlockOf(next(each for each in store.manifest.tensors if each.blocks), 0)
+        for each in (base, pickle.loads(state)):
+            with pytest.raises(SourceError, match=f"{path}: changed while it was being read"):
+                each.read(at, Workspace())
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -453,6 +482,52 @@ def test_paths_that_a_worker_does_not_see_are_named(scheduler: str, tmp_path: Pa
             executor.check_sees([tmp_path, tmp_path / "elsewhere"])
 
 
+_lexists = os.path.lexists
+
+
+def _blind_to(*prefixes: str) -> None:
+    os.path.lexists = lambda path: not path.startswith(prefixes) and _lexists(path)  # type: ignore[assignment]
+
+
+@contextmanager
+def one_worker_blind_to(scheduler: str, path: Path) -> Iterator[None]:
+    with client_of(scheduler) as client:
+        client.run(_blind_to, str(path), workers=[next(iter(client.nthreads()))])
+        try:
+            yield
+        finally:
+            client.run(_blind_to)
+
+
+@pytest.mark.parametrize("unseen", ["base", "checkpoints", "store"])
+def test_a_build_needs_workers_that_see_all_it_reads_and_writes(
+    run: Trajectory, tmp_path: Path, scheduler: str, unseen: str
+) -> None:
+    store = tmp_path / "store"
+    path = {"base": run.base, "checkpoints": run.checkpoints, "store": store}[unseen]
+    with (
+        one_worker_blind_to(scheduler, path),
+        pytest.raises(ClusterError, match=f"does not see {path}"),
+    ):
+        build(run, store, scheduler=scheduler)
+    assert not (store / "HEAD").exists()
+    assert not list(store.rglob("c.*"))
+
+
+@pytest.mark.parametrize("unseen", ["base", "store", ".out.relex-partial"])
+def test_an_extrapolation_needs_workers_that_see_all_it_reads_and_writes(
+    run: Trajectory, tmp_path: Path, scheduler: str, unseen: str
+) -> None:
+    build(run, tmp_path / "store")
+    path = run.base if unseen == "base" else tmp_path / unseen
+    with (
+        one_worker_blind_to(scheduler, path),
+        pytest.raises(ClusterError, match=f"does not see {path}"),
+    ):
+        rs.extrapolate(tmp_path / "store", tmp_path / "out", target_steps=[30], scheduler=scheduler)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
 def test_errors_in_tasks_are_those_of_a_local_run(
     run: Trajectory, tmp_path: Path, scheduler: str
 ) -> None:
@@ -516,6 +591,48 @@ def test_limits_of_workers_are_kept() -> None:
     asked = cluster.Cluster(None, 2 << 30)._limit_of
     assert asked(found, 16) == 2 << 30
     assert asked(SimpleNamespace(**found.__dict__ | {"limit_bytes": 1 << 30}), 1) == 768 << 20
+
+
+def test_a_plan_is_for_the_least_of_unlike_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 1 << 20
+
+    def worker(host: str, threads: int, resident: int, available: int, limit: int = 0) -> Worker:
+        return Worker("tcp://w", host, threads, resident * mib, available * mib, limit * mib, ())
+
+    found = [
+        worker("roomy", 5, 101, 64_000),
+        worker("shared", 2, 103, 211),
+        worker("shared", 3, 97, 211),
+        worker("capped", 7, 107, 64_000, 401),
+    ]
+    monkeypatch.setattr(cluster, "ask_workers", lambda *_, **__: found)
+    capacity = cluster.Cluster(None).prepare(no_warm_up, None, NoProgress())
+    assert capacity == planner.Capacity(
+        processes=4,
+        workers=7,
+        workers_fixed=False,
+        reserved_bytes=107 * mib,
+        memory_limit_bytes=97 * mib + 211 * mib // 2,
+    )
+    # Whoever asks for more than is free gets it, but not more than dask lets a worker have.
+    capacity = cluster.Cluster(None, 499 * mib).prepare(no_warm_up, None, NoProgress())
+    assert capacity.memory_limit_bytes == int(0.75 * 401 * mib)
+    capacity = cluster.Cluster(None, 251 * mib).prepare(no_warm_up, None, NoProgress())
+    assert capacity.memory_limit_bytes == 251 * mib
+
+
+@pytest.mark.usefixtures("each_a_task")
+def test_tasks_are_cut_for_the_threads_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        costs, "cluster_task_bytes", lambda *arguments: asked.append(arguments) or 1
+    )
+    groups = groups_of([3, 1])
+    with within({"nthreads": 1}, {"nthreads": 3}) as scheduler, client_of(scheduler) as client:
+        capacity = cluster.Cluster(client).prepare(no_warm_up, None, NoProgress())
+        run_stage(client, Numbers(), groups)
+    assert (capacity.processes, capacity.workers) == (2, 3)
+    assert asked == [(sum(group.nbytes for group in groups), 4, stages.TASK_BYTES)]
 
 
 def test_the_dashboard_is_named(scheduler: str) -> None:

@@ -104,3 +104,9 @@ def test_tasks_of_a_run_that_was_given_up_are_refused() -> None:
     assert packed.abandon("some-run") == 0
     with pytest.raises(ClusterError, match="has given it up"), stage.turn(None, 0):
         pass
+    # Nor do they open anything.
+    before = Counts.opened
+    stage = sent(packed.PackedStage(Counts(), "some-run", 1))
+    with pytest.raises(ClusterError, match="has given it up"), stage.turn(None, 0):
+        pass
+    assert Counts.opened == before
