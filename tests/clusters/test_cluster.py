@@ -621,7 +621,6 @@ def test_a_plan_is_for_the_least_of_unlike_workers(monkeypatch: pytest.MonkeyPat
     assert capacity.memory_limit_bytes == 251 * mib
 
 
-@pytest.mark.usefixtures("each_a_task")
 def test_tasks_are_cut_for_the_threads_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(

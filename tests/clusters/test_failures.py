@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
-from relex_stream import costs
+from relex_stream import costs, ingest
 from relex_stream.errors import ClusterError, CorruptionError, StoreError
-from relex_stream.graph import cluster, run_in_order, stages
+from relex_stream.graph import cluster, packed, run_in_order, stages
 from relex_stream.specs import NoProgress
-from relex_stream.store import StoreWriter
+from relex_stream.store import StoreWriter, files
 from relex_stream.store.write import Fence
-from tests.clusters.runs import Numbers, build, no_warm_up, tree
+from relex_stream.writer import Filler
+from tests.clusters.runs import Numbers, build, no_warm_up, tree, within
 from tests.make_checkpoints import Trajectory
 from tests.test_graph import Recorder, groups_of
 
@@ -183,6 +184,73 @@ def test_frames_are_written_only_while_the_build_holds_its_lock(
     with pytest.raises(StoreError, match="is not held by the build"):
         build(run, tmp_path / "store", scheduler=scheduler)
     assert not [path for path in tmp_path.rglob("c.*.*") if path.stat().st_size]
+
+
+@pytest.fixture
+def unsynced_when_counted(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """What the thread of a task wrote and did not sync, for each task as it counts as done.
+
+    Files that are new count with their directory, where names are made by tasks.
+    """
+    found: list[set[str]] = []
+    of_thread = threading.local()
+
+    def dirty() -> set[str]:
+        return of_thread.__dict__.setdefault("dirty", set())
+
+    def note(*paths: object) -> None:
+        dirty().update(map(str, paths))
+
+    write_frames, fill, fsync = ingest.write_frames, Filler.write, os.fsync
+    log_event = distributed.Worker.log_event
+
+    def write_and_note(*arguments):  # type: ignore[no-untyped-def]
+        path = write_frames(*arguments)
+        note(path, Path(path).parent)
+        return path
+
+    def fill_and_note(self, relative_path, *arguments):  # type: ignore[no-untyped-def]
+        fill(self, relative_path, *arguments)
+        note(self.directory / relative_path)
+
+    def fsync_and_note(descriptor):  # type: ignore[no-untyped-def]
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced = {path for path in dirty() if os.path.samestat(os.stat(path), status)}
+        dirty().difference_update(synced)
+        of_thread.synced = getattr(of_thread, "synced", 0) + len(synced)
+
+    def look(self, topic, message):  # type: ignore[no-untyped-def]
+        if topic == packed.TOPIC and getattr(of_thread, "synced", 0) + len(dirty()):
+            found.append(set(dirty()))
+            of_thread.synced = 0
+        log_event(self, topic, message)
+
+    monkeypatch.setattr(ingest, "write_frames", write_and_note)
+    monkeypatch.setattr(Filler, "write", fill_and_note)
+    monkeypatch.setattr(os, "fsync", fsync_and_note)
+    # One call for the whole file system is as good, and hides what it is called for.
+    monkeypatch.setattr(files, "_sync_file_system", lambda root: False)
+    monkeypatch.setattr(distributed.Worker, "log_event", look)
+    return found
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("command", ["build", "extrapolate"])
+def test_tasks_sync_all_that_they_wrote_before_they_count(
+    run: Trajectory, tmp_path: Path, unsynced_when_counted: list[set[str]], command: str
+) -> None:
+    if command == "extrapolate":
+        build(run, tmp_path / "store")
+    with within({"nthreads": 2}, {"nthreads": 1}) as scheduler:
+        if command == "build":
+            build(run, tmp_path / "store", scheduler=scheduler, include_base=True)
+        else:
+            rs.extrapolate(
+                tmp_path / "store", tmp_path / "out", target_steps=[30, 40], scheduler=scheduler
+            )
+    assert len(unsynced_when_counted) > 10
+    assert set().union(*unsynced_when_counted) == set()
 
 
 class Settles(Numbers):
