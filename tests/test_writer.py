@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,27 @@ def test_nothing_is_written_outside_a_file(tmp_path, offset, data):
         output.preallocate("model", 4)
         with pytest.raises(AssertionError, match="write outside model"):
             output.write("model", offset, data)
+
+
+def test_a_filler_syncs_once_all_that_its_thread_wrote(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(writer, "_sync", synced.append)
+    with OutputDirectory(tmp_path / "out") as output:
+        for name in "abc":
+            output.preallocate(name, 2)
+        filler = pickle.loads(pickle.dumps(output.filler))
+        for name in "ab":
+            filler.write(name, 0, b"x")
+            assert filler.take_written() == {name: 1}
+        with ThreadPoolExecutor(1) as other:
+            other.submit(filler.write, "c", 0, b"x").result()
+            filler.sync()
+            assert synced == [filler.directory / "a", filler.directory / "b"]
+            assert other.submit(filler.take_written).result() == {"c": 1}
+            other.submit(filler.sync).result()
+        assert synced[2:] == [filler.directory / "c"]
+        filler.sync()
+        assert len(synced) == 3
 
 
 def test_files_and_directories_are_synced_before_the_name_is_given(tmp_path, monkeypatch):
