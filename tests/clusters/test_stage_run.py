@@ -193,6 +193,14 @@ def test_many_results_of_a_cluster_cost_few_round_trips(monkeypatch: pytest.Monk
         assert found[key].tobytes() == total.tobytes()
 
 
+def test_tasks_of_other_commands_are_not_listened_to() -> None:
+    run = StageRun(None, "ours", TaskGraph(), NoProgress(), None, print)  # type: ignore[arg-type]
+    run._hear((0.0, ("theirs", ["a key"], 3, ["a warning"])))
+    run._hear((0.0, ("ours", ["our key"], 5, [])))
+    assert run._news.get() == (("our key",), 5, [])
+    assert run._news.empty()
+
+
 # --- what tasks warn of ------------------------------------------------------------------------
 
 
