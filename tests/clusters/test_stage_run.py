@@ -201,6 +201,31 @@ def test_tasks_of_other_commands_are_not_listened_to() -> None:
     assert run._news.empty()
 
 
+@pytest.mark.usefixtures("each_a_task")
+def test_an_interruption_before_there_are_futures_leaves_nothing_on_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    get = distributed.Client.get
+
+    def interrupted(*arguments, **options):  # type: ignore[no-untyped-def]
+        futures = get(*arguments, **options)  # the traceback keeps them
+        raise KeyboardInterrupt(len(futures))
+
+    with within({"nthreads": 2}) as scheduler, client_of(scheduler) as client:
+        monkeypatch.setattr(distributed.Client, "get", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="30") as caught:
+            run_stage(client, Numbers(), groups_of([1] * 30))
+        until = time.monotonic() + 5
+        while client.run_on_scheduler(_tasks_known) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert client.run_on_scheduler(_tasks_known) == 0
+        assert caught
+
+
+def _tasks_known(dask_scheduler) -> int:  # type: ignore[no-untyped-def]
+    return len(dask_scheduler.tasks)
+
+
 # --- what tasks warn of ------------------------------------------------------------------------
 
 
