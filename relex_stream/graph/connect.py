@@ -6,9 +6,9 @@ import contextlib
 import logging
 import re
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +134,10 @@ def _address_of(scheduler: str) -> str:
     return scheduler
 
 
-@contextmanager
-def _local_cluster(processes: int, threads: int) -> Iterator[str]:
+def _local_cluster(processes: int, threads: int) -> AbstractContextManager[str]:
     from distributed import LocalCluster
 
-    with _started(
+    return _started(
         LocalCluster,
         n_workers=processes,
         threads_per_worker=threads,
@@ -149,25 +148,34 @@ def _local_cluster(processes: int, threads: int) -> Iterator[str]:
         silence_logs=logging.CRITICAL,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
-    ) as cluster:
-        yield cluster.scheduler_address
-
-
-def _started(kind: Any, **options: Any) -> Any:
-    """Start a cluster of this machine, whose processes leave Ctrl-C to this one."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    try:
-        return kind(**options)
-    except RuntimeError as error:
-        raise ClusterError(f"no processes could be started: {first_line(error)}") from error
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+    )
 
 
 @contextmanager
-def _local_gpu_cluster(processes: int, threads: int) -> Iterator[str]:
+def _started(kind: Any, **options: Any) -> Iterator[str]:
+    """Start a cluster of this machine, whose processes leave Ctrl-C to this one."""
+    with contextlib.ExitStack() as stack:
+        with _interrupts_put_off():
+            try:
+                cluster = stack.enter_context(kind(**options))
+            except RuntimeError as error:
+                raise ClusterError(f"no processes could be started: {first_line(error)}") from error
+        yield cluster.scheduler_address
+
+
+@contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Have Ctrl-C wait for the end of the block; processes that begin in it never get it."""
+    # Its own start would let the signal through again, on the thread that starts processes.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _local_gpu_cluster(processes: int, threads: int) -> AbstractContextManager[str]:
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
@@ -176,7 +184,7 @@ def _local_gpu_cluster(processes: int, threads: int) -> Iterator[str]:
             "(https://docs.rapids.ai/api/dask-cuda); without it, give --devices cuda alone: one "
             "process uses all GPUs"
         ) from error
-    with _started(
+    return _started(
         LocalCUDACluster,
         n_workers=processes,
         threads_per_worker=threads,
@@ -186,8 +194,7 @@ def _local_gpu_cluster(processes: int, threads: int) -> Iterator[str]:
         silence_logs=logging.CRITICAL,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
-    ) as cluster:
-        yield cluster.scheduler_address
+    )
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def run_again(command: str, run: Trajectory, whole: Path, there: Path, scheduler
 
 
 @pytest.mark.parametrize("command", ["build-store", "extrapolate"])
-@pytest.mark.parametrize("where", ["threads", "cluster"])
+@pytest.mark.parametrize("where", [pytest.param("threads", marks=pytest.mark.slow), "cluster"])
 def test_an_interrupted_command_ends_its_tasks_and_leaves_nothing_that_looks_whole(
     run: Trajectory,
     whole: Path,
@@ -189,6 +189,48 @@ def test_a_command_goes_on_beside_the_tasks_of_one_that_was_killed(
     if command == "build-store":
         assert (tmp_path / "store" / "LOCK").stat().st_size == 0
         assert rs.verify(tmp_path / "store").problems == ()
+
+
+_INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import distributed
+from relex_stream.cli.main import main
+from relex_stream.graph.cluster import Cluster
+
+def interrupting(function):
+    def call(*arguments, **options):
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C, to all that the terminal has
+        return function(*arguments, **options)
+    return call
+
+if __name__ == "__main__":
+    if sys.argv.pop(1) == "start":
+        distributed.LocalCluster.__init__ = interrupting(distributed.LocalCluster.__init__)
+    else:
+        Cluster.run = interrupting(Cluster.run)
+    main()
+"""
+
+
+@pytest.mark.parametrize("when", ["start", "run"])
+def test_an_interruption_is_for_the_command_not_for_the_processes_it_starts(
+    run: Trajectory, tmp_path: Path, when: str
+) -> None:
+    command = ["build-store", run.base, run.checkpoints, tmp_path / "store", "--local-cluster", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, when, *command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("interrupted; nothing committed is lost\n")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "store" / "HEAD").exists()
 
 
 # --- several at once ---------------------------------------------------------------------------
