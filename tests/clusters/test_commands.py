@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import distributed
 import pytest
 
 import relex_stream as rs
+from relex_stream.graph import connect
 from tests.clusters.runs import client_of, processes, tree
 from tests.clusters.slow import count, slow_down, speed_up
 from tests.make_checkpoints import Trajectory, make_trajectory
@@ -26,6 +28,7 @@ import signal, sys
 # A shell that runs tests in the background has them ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
+from typing import Self
 from relex_stream import costs
 from relex_stream.cli.main import main
 from relex_stream.graph import stages, threads
@@ -231,6 +234,35 @@ def test_an_interruption_is_for_the_command_not_for_the_processes_it_starts(
     assert done.stderr.endswith("interrupted; nothing committed is lost\n")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "store" / "HEAD").exists()
+
+
+class Interrupted:
+    """In the place of a local cluster: Ctrl-C comes while it starts."""
+
+    scheduler_address = "tcp://nowhere:1"
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+        signal.raise_signal(signal.SIGINT)
+        events.append("started")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.events.append("closed")
+
+
+def test_a_local_cluster_that_is_interrupted_as_it_starts_is_closed() -> None:
+    events: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), connect._started(Interrupted, events=events):
+            events.append("used")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert events == ["started", "closed"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 # --- several at once ---------------------------------------------------------------------------
