@@ -63,8 +63,12 @@ class Offload:
 
     @property
     def share(self) -> float:
-        """The share of a device that a task takes."""
-        return 1 / self.plan.slots
+        """The share of a device that a task takes.
+
+        A hair less than ``1 / slots``: dask takes shares away one by one, and of nine times 1/9 the
+        last would not fit.
+        """
+        return (1 - 1e-9) / self.plan.slots
 
     @staticmethod
     def takes(at: BlockOf) -> bool:

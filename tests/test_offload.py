@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import distributed
@@ -230,7 +231,12 @@ def test_a_cluster_has_the_devices_that_its_workers_say() -> None:
     assert found is not None
     assert (found.plan.names, reason) == (("2 GPU worker(s)",), "CUDA was asked for.")
     assert found.plan.slots == 4  # eight threads, two devices
-    assert found.share == 0.25
+    for slots in range(1, 65):
+        share = Offload(replace(found.plan, slots=slots)).share
+        left, running = 1.0, 0
+        while left >= share:  # as dask counts
+            left, running = left - share, running + 1
+        assert running == slots
     cpu_s = costs.projected_cpu_s(WORK, 16)
     device_s = costs.projected_device_s(WORK, 8, 2)
     found, reason = choose("auto", some)

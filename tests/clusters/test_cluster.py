@@ -606,6 +606,8 @@ def test_a_plan_is_for_the_least_of_unlike_workers(monkeypatch: pytest.MonkeyPat
         worker("capped", 7, 107, 64_000, 401),
     ]
     monkeypatch.setattr(cluster, "ask_workers", lambda *_, **__: found)
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 601 * mib)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 64_000 * mib)
     capacity = cluster.Cluster(None).prepare(no_warm_up, None, NoProgress())
     assert capacity == planner.Capacity(
         processes=4,
@@ -613,12 +615,15 @@ def test_a_plan_is_for_the_least_of_unlike_workers(monkeypatch: pytest.MonkeyPat
         workers_fixed=False,
         reserved_bytes=107 * mib,
         memory_limit_bytes=97 * mib + 211 * mib // 2,
+        command_reserved_bytes=601 * mib,
+        # One that holds much already gets half the default on top.
+        command_limit_bytes=601 * mib + planner.DEFAULT_LIMIT_BYTES // 2,
     )
     # Whoever asks for more than is free gets it, but not more than dask lets a worker have.
     capacity = cluster.Cluster(None, 499 * mib).prepare(no_warm_up, None, NoProgress())
     assert capacity.memory_limit_bytes == int(0.75 * 401 * mib)
     capacity = cluster.Cluster(None, 251 * mib).prepare(no_warm_up, None, NoProgress())
-    assert capacity.memory_limit_bytes == 251 * mib
+    assert capacity.memory_limit_bytes == capacity.command_limit_bytes == 251 * mib
 
 
 def test_tasks_are_cut_for_the_threads_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
