@@ -12,13 +12,19 @@ SCHEDULER_TASK_S = 1.2e-3
 """What a task costs the scheduler of a cluster, which has one thread (docs/scaling.md)."""
 
 SCHEDULER_SHARE = 0.05
-"""Most of a run that its scheduling may take."""
+"""Most of a run that its scheduling may take, where there is enough work for so large tasks."""
+
+SCHEDULER_SHARE_AT_MOST = 0.5
+"""The same where there is little work: it goes on beside the work, and must not be what decides."""
 
 _WORK_BYTES_PER_S = 1.5e9
 """What a thread works through at its quickest; a slower one makes scheduling a smaller share."""
 
 _TASKS_PER_WORKER = 8
 """So many tasks keep all threads of a cluster busy until nearly the end."""
+
+_TASKS_PER_WORKER_AT_LEAST = 2
+"""With fewer, some threads would have nothing to do for half of the time."""
 
 
 MOST_TASKS = 4096
@@ -42,7 +48,8 @@ def cluster_task_bytes(total_bytes: int, workers: int, least: int) -> int:
     """Return the bytes that are worth a task of a cluster.
 
     While the scheduler hands out a task each of the other threads works: with twice the threads, a
-    task has to be twice as large for the scheduler to keep up. But all threads must have some.
+    task has to be twice as large for the scheduler to keep up. But all threads must have some, and
+    in a short stage larger shares rather than wait for the scheduler.
 
     Parameters
     ----------
@@ -61,10 +68,19 @@ def cluster_task_bytes(total_bytes: int, workers: int, least: int) -> int:
     128
     >>> cluster_task_bytes(16 << 40, 16, 8 << 20) >> 20
     4096
+    >>> cluster_task_bytes(16 << 30, 256, 8 << 20) >> 20
+    32
     """
-    handed_out = int(_WORK_BYTES_PER_S * workers * SCHEDULER_TASK_S / SCHEDULER_SHARE)
-    shared_out = total_bytes // (_TASKS_PER_WORKER * workers)
-    return max(least, min(max(handed_out, total_bytes // MOST_TASKS), shared_out))
+    handed_out = _WORK_BYTES_PER_S * workers * SCHEDULER_TASK_S
+    enough = min(
+        max(int(handed_out / SCHEDULER_SHARE), total_bytes // MOST_TASKS),
+        total_bytes // (_TASKS_PER_WORKER * workers),
+    )
+    little = min(
+        int(handed_out / SCHEDULER_SHARE_AT_MOST),
+        total_bytes // (_TASKS_PER_WORKER_AT_LEAST * workers),
+    )
+    return max(least, enough, little)
 
 
 @dataclass(frozen=True)

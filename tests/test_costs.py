@@ -64,5 +64,8 @@ def test_tasks_of_a_cluster_leave_the_scheduler_its_share(total, workers):
     kept_up = costs.SCHEDULER_SHARE * each_s * 1.000001 >= costs.SCHEDULER_TASK_S
     few = total < size * workers * costs._TASKS_PER_WORKER + size * workers
     assert kept_up or few
-    # And all have work, unless it is not worth cutting any more.
-    assert size == TASK_BYTES or total >= size * workers * costs._TASKS_PER_WORKER
+    # And all have work, unless it is not worth cutting any more; enough of it for all to end at
+    # about the same time, unless the scheduler would not keep up at all.
+    assert size == TASK_BYTES or total >= size * workers * costs._TASKS_PER_WORKER_AT_LEAST
+    behind = costs.SCHEDULER_SHARE_AT_MOST * each_s <= costs.SCHEDULER_TASK_S * 1.000001
+    assert size == TASK_BYTES or total >= size * workers * costs._TASKS_PER_WORKER or behind

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import dask
+
 from relex_stream.errors import ClusterError, RelexStreamWarning
 from relex_stream.graph.packed import TOPIC, abandon
 from relex_stream.graph.tasks import TaskGraph
@@ -90,12 +92,14 @@ class StageRun:
         results: dict[Any, list[Any]] = {}
         self._client.subscribe_topic(TOPIC, self._hear)
         try:
-            futures = self._client.get(
-                self._graph.tasks,
-                list(self._graph.outputs),
-                resources=self._resources,
-                sync=False,
-            )
+            # dask's advice on large graphs is for those who write them.
+            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1PB"}):
+                futures = self._client.get(
+                    self._graph.tasks,
+                    list(self._graph.outputs),
+                    resources=self._resources,
+                    sync=False,
+                )
             self._collect(futures, results)
         except KilledWorker as error:
             raise ClusterError(

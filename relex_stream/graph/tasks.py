@@ -23,6 +23,9 @@ from relex_stream.graph.stages import (
 
 Key = tuple[Any, ...]
 
+_LARGEST = 4 / 3
+"""Of the bytes wanted of a task: they can be doubled or not, so from 2/3 of that to 4/3."""
+
 
 class StageAt(Protocol):
     """A stage as a task finds it where it runs."""
@@ -71,17 +74,18 @@ def build_graph(
     begins : bool
         `Stage.begins`.
     task_bytes : int
-        Bytes that are worth a dask task: smaller groups share one, larger ones are cut at nodes of
-        their tree of sums, which stays as it is.
+        Bytes that are worth a dask task, or a third more: smaller groups share one, larger ones are
+        cut at nodes of their tree of sums, which stays as it is.
     name : str
         Begins every key; unique on a cluster.
     """
     graph = TaskGraph()
+    largest = int(_LARGEST * task_bytes)
     at = (f"{name}-stage",)
     graph.tasks[at] = stage
     for number, bundle in enumerate(bundles(groups, task_bytes)):
         keys = tuple(group.key for group in bundle)
-        if all(group.nbytes < task_bytes or len(group.tasks) == 1 for group in bundle):
+        if all(group.nbytes <= largest or len(group.tasks) == 1 for group in bundle):
             # A prefix of their own: a cluster spreads evenly what depends on nothing, by prefixes.
             done: Key = (f"{name}-tensors", number)
             size = sum(group.nbytes for group in bundle)
@@ -89,7 +93,7 @@ def build_graph(
             graph.nbytes[done], graph.outputs[done] = size, keys
             continue
         (group,) = bundle
-        done = _add_group(graph, at, group, number, task_bytes, name, begins=begins)
+        done = _add_group(graph, at, group, number, largest, name, begins=begins)
         graph.outputs[done] = keys
     return graph
 
@@ -99,13 +103,13 @@ def _add_group(
     at: Key,
     group: Group[Any, Any],
     number: int,
-    task_bytes: int,
+    largest: int,
     name: str,
     *,
     begins: bool,
 ) -> Key:
     """Add the tasks of a group that is more than one; return the key that ends it."""
-    leaves, level = _cut(group, task_bytes)
+    leaves, level = _cut(group, largest)
     starts = range(0, len(group.tasks), leaves)
     value: list[Key] = []  # the key that gives it, if there is one
     if begins:
@@ -157,14 +161,16 @@ def _add_sums(
     return nodes
 
 
-def _cut(group: Group[Any, Any], task_bytes: int) -> tuple[int, int]:
+def _cut(group: Group[Any, Any], largest: int) -> tuple[int, int]:
     """Return how many leaves a dask task has, and the highest level of which that is whole nodes.
+
+    As many as `largest` bytes hold, but at least one.
 
     A power of two, so that tasks end where nodes do: 1, 2 or 4 leaves, or nodes of 8, of 64.
     """
     mean = max(1, sum(group.task_bytes) // len(group.tasks))
     leaves = 1
-    while 2 * leaves * mean <= task_bytes and 2 * leaves < len(group.tasks):
+    while 2 * leaves * mean <= largest and 2 * leaves < len(group.tasks):
         leaves *= 2
     return leaves, (leaves.bit_length() - 1) // 3
 
