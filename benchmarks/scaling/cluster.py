@@ -30,31 +30,31 @@ _IDLE_S = 4.0
 def run_graphs(
     cluster: Running,
     names: Sequence[str],
-    steps: int,
+    steps: Sequence[int],
     share: float,
     *,
     most_tasks: int,
     paced: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Run graphs without work: all stages of the first two models, the builds of the others.
+    """Run the graphs of all stages without work, as large as they are.
 
-    Those of the models in `paced` also as fast as the work would go.
+    Those of the models in `paced`, of the fewest steps, also as fast as the work would go.
     """
     rows = []
     # The first run loads what later ones have.
     cluster.measure("tiny", "build", build_groups(describe(MODELS["tiny"]()), 2), 2, share)
-    for number, name in enumerate(names):
+    threads = cluster.processes * cluster.threads
+    for name in names:
         tensors = describe(MODELS[name]())
-        for stage in STAGES if number < 2 else STAGES[:1]:
-            count = STEP_GROUP if stage == "build" else steps
-            groups = groups_of(stage, tensors, count, share)
-            threads = cluster.processes * cluster.threads
-            counts = graph_counts(groups, threads, begins=stage == "statistics")
-            if counts["tasks"] > most_tasks:
-                continue
-            rows.append(cluster.measure(name, stage, groups, count, share))
-            if name in paced:
-                rows.append(cluster.measure(name, stage, groups, count, share, paced=True))
+        for stage in STAGES:
+            for count in [STEP_GROUP] if stage == "build" else steps:
+                groups = groups_of(stage, tensors, count, share)
+                counts = graph_counts(groups, threads, begins=stage == "statistics")
+                if counts["tasks"] > most_tasks:
+                    continue
+                rows.append(cluster.measure(name, stage, groups, count, share))
+                if name in paced and count <= max(STEP_GROUP, min(steps)):
+                    rows.append(cluster.measure(name, stage, groups, count, share, paced=True))
     return rows
 
 
@@ -179,6 +179,7 @@ class Running:
             "part": "paced" if paced else "no work",
             "model": name,
             "stage": stage,
+            "steps": steps,
             "processes": self.processes,
             "threads": threads,
             **row,
