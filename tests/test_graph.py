@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
+from relex_stream import costs
 from relex_stream.graph import Group, Stage, Threads, grouped, run_in_order
 from relex_stream.graph import threads as threads_module
 from relex_stream.graph.stages import (
@@ -313,6 +314,31 @@ def test_errors_come_through_as_they_were_raised(place, workers):
     assert ("finish",) not in progress.events
 
 
+@pytest.mark.parametrize("large", [True, False], ids=["part of a group", "whole groups"])
+def test_after_an_error_long_tasks_end_early(monkeypatch, large):
+    # Two tasks of dask's, each many calls of the stage.
+    monkeypatch.setattr(costs, "thread_task_bytes", lambda *_: 100 * TASK_BYTES)
+    groups = [
+        Group(number, tuple((number, i) for i in range(size)), (TASK_BYTES,) * size)
+        for number, size in enumerate([256] if large else [100, 100])
+    ]
+    worked = []
+    both = threading.Barrier(2, timeout=30)
+
+    def work(task):
+        worked.append(task)
+        if len(worked) <= 2:
+            both.wait()
+            if worked[0] == task:
+                raise ValueError("first")
+        time.sleep(0.02)
+        return np.zeros(3)
+
+    with pytest.raises(ValueError, match="first"):
+        run(groups, work, workers=2)
+    assert 2 <= len(worked) < 50
+
+
 def test_after_an_error_no_thread_goes_on():
     def work(task):
         if task == (0, 0):
@@ -473,6 +499,9 @@ class InTurn:
     def turn(self, key, nbytes):
         self.turns.append((key, nbytes))
         yield self.stage
+
+    def check_wanted(self):
+        pass
 
 
 class Passes(Functions):

@@ -63,6 +63,10 @@ class PackedStage:
 
             get_worker().log_event(TOPIC, [self._state.run, keys, nbytes, told])
 
+    def check_wanted(self) -> None:
+        """As in `StageAt`."""
+        _check_wanted(self._state.run)
+
     def _open(self) -> _Opened:
         with _lock:
             if self._opened is None:

@@ -259,10 +259,15 @@ def calls(groups: Iterable[Group[Task, Value]]) -> Iterator[tuple[list[Task], in
 
 
 def run_here(
-    stage: Stage[Task, Value, Partial], groups: Sequence[Group[Task, Value]]
+    stage: Stage[Task, Value, Partial],
+    groups: Sequence[Group[Task, Value]],
+    check_wanted: Callable[[], None] = lambda: None,
 ) -> list[Value]:
-    """Run whole groups on this thread, one call of `Stage.work` after the other."""
-    ahead = _fetching_ahead(stage, [tasks for tasks, _ in calls(groups)])
+    """Run whole groups on this thread, one call of `Stage.work` after the other.
+
+    `check_wanted` is called before each, and may raise.
+    """
+    ahead = _fetching_ahead(stage, [tasks for tasks, _ in calls(groups)], check_wanted)
     finished: list[Any] = []
     for bundle in bundles(groups, TASK_BYTES):
         values = list(stage.begin(bundle))
@@ -290,10 +295,17 @@ def run_here(
 
 
 def run_leaves(
-    stage: Stage[Task, Value, Partial], tasks: Sequence[Task], value: Value | None, level: int
+    stage: Stage[Task, Value, Partial],
+    tasks: Sequence[Task],
+    value: Value | None,
+    level: int,
+    check_wanted: Callable[[], None] = lambda: None,
 ) -> list[Partial]:
-    """Run some neighbouring tasks of a group that has more; return their nodes of a level."""
-    ahead = _fetching_ahead(stage, [[task] for task in tasks])
+    """Run some neighbouring tasks of a group that has more; return their nodes of a level.
+
+    `check_wanted` as in `run_here`.
+    """
+    ahead = _fetching_ahead(stage, [[task] for task in tasks], check_wanted)
     tree = Tree(stage.combine, level)
     for task in tasks:
         next(ahead)
@@ -302,14 +314,16 @@ def run_leaves(
 
 
 def _fetching_ahead(
-    stage: Stage[Task, Value, Partial], together: Sequence[Sequence[Task]]
+    stage: Stage[Task, Value, Partial],
+    together: Sequence[Sequence[Task]],
+    check_wanted: Callable[[], None],
 ) -> Iterator[None]:
     """Ask, before each call of `Stage.work`, for what the next one reads."""
-    for tasks in together[1:]:
-        if stage.fetches:
+    for tasks in (*together[1:], ()):
+        check_wanted()
+        if stage.fetches and tasks:
             stage.fetch(tasks)
         yield
-    yield
 
 
 def run_in_order(

@@ -33,6 +33,9 @@ class StageAt(Protocol):
     def turn(self, key: Hashable, nbytes: int) -> AbstractContextManager[Stage[Any, Any, Any]]:
         """Return a context in which a task of so many bytes may work with the stage."""
 
+    def check_wanted(self) -> None:
+        """Raise an exception if the work has been given up: a task may be long."""
+
 
 @dataclass
 class TaskGraph:
@@ -201,7 +204,7 @@ def _begin(key: Hashable, given: Any, at: StageAt) -> _Value:
 
 def _run_whole(bundle: Sequence[Group[Any, Any]], key: Key, nbytes: int, at: StageAt) -> list[Any]:
     with at.turn(key, nbytes) as stage:
-        return run_here(stage, bundle)
+        return run_here(stage, bundle, at.check_wanted)
 
 
 def _run_part(
@@ -214,7 +217,7 @@ def _run_part(
 ) -> list[Any]:
     value, _ = _value_first(inputs)
     with at.turn(key, nbytes) as stage:
-        return run_leaves(stage, tasks, value, level)
+        return run_leaves(stage, tasks, value, level, at.check_wanted)
 
 
 def _combine(at: StageAt, *nodes: list[Any]) -> list[Any]:

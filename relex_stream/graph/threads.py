@@ -150,8 +150,9 @@ class Threads:
         what the system reads ahead for.
         """
         total = sum(group.nbytes for group in groups)
+        here = _InProcess(stage)
         graph = build_graph(
-            _InProcess(stage),
+            here,
             groups,
             begins=stage.begins,
             task_bytes=costs.thread_task_bytes(total, TASK_BYTES),
@@ -185,9 +186,14 @@ class Threads:
             Callback(start_state=begin_in_order, posttask=report),
             one_blas_thread(),
         ):
-            results = dask.threaded.get(
-                graph.tasks, list(graph.outputs), pool=pool, num_workers=workers
-            )
+            try:
+                results = dask.threaded.get(
+                    graph.tasks, list(graph.outputs), pool=pool, num_workers=workers
+                )
+            except BaseException:
+                # The pool waits for the tasks that run.
+                here.give_up()
+                raise
         progress.finish()
         return {
             key: result
@@ -201,11 +207,25 @@ class _InProcess:
 
     def __init__(self, stage: Stage[Any, Any, Any]) -> None:
         self._stage = stage
+        self._given_up = False
 
     @contextmanager
     def turn(self, _key: Hashable, _nbytes: int) -> Iterator[Stage[Any, Any, Any]]:
         """Return the stage; how many tasks run at a time is for the pool of threads."""
         yield self._stage
+
+    def check_wanted(self) -> None:
+        """As in `StageAt`."""
+        if self._given_up:
+            raise _GivenUpError
+
+    def give_up(self) -> None:
+        """Have tasks that run end before their next call of the stage."""
+        self._given_up = True
+
+
+class _GivenUpError(Exception):
+    """Ends a task whose result nobody waits for."""
 
 
 class Fetcher:

@@ -101,6 +101,9 @@ def test_tasks_of_a_run_that_was_given_up_are_refused() -> None:
     with stage.turn(None, 0):
         # Counted from before it opens anything.
         assert packed.abandon("some-run") == 1
+        # A long task ends before its next call of the stage.
+        with pytest.raises(ClusterError, match="has given it up"):
+            stage.check_wanted()
     assert packed.abandon("some-run") == 0
     with pytest.raises(ClusterError, match="has given it up"), stage.turn(None, 0):
         pass
