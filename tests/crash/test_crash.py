@@ -430,7 +430,7 @@ def test_nothing_committed_is_lost(tmp_path, make, syncfs):
 @pytest.mark.parametrize("syncfs", [True, False], ids=["syncfs", "fsync"])
 @pytest.mark.parametrize("make", SCENARIOS)
 def test_nothing_committed_is_lost_in_many_more_states(tmp_path, make, syncfs, seed):
-    judge = _sweep_states(tmp_path, make, syncfs=syncfs, subsets=12, seed=seed + 1)
+    judge = _sweep_states(tmp_path, make, syncfs=syncfs, subsets=16, seed=seed + 1)
     judge.report()
     assert judge.tried - judge.skipped > 150
 
