@@ -30,7 +30,7 @@ _IDLE_S = 4.0
 def run_graphs(
     cluster: Running,
     names: Sequence[str],
-    steps: Sequence[int],
+    steps: int,
     share: float,
     *,
     most_tasks: int,
@@ -38,7 +38,7 @@ def run_graphs(
 ) -> list[dict[str, Any]]:
     """Run the graphs of all stages without work, as large as they are.
 
-    Those of the models in `paced`, of the fewest steps, also as fast as the work would go.
+    Those of the models in `paced` also as fast as the work would go.
     """
     rows = []
     # The first run loads what later ones have.
@@ -47,14 +47,14 @@ def run_graphs(
     for name in names:
         tensors = describe(MODELS[name]())
         for stage in STAGES:
-            for count in [STEP_GROUP] if stage == "build" else steps:
-                groups = groups_of(stage, tensors, count, share)
-                counts = graph_counts(groups, threads, begins=stage == "statistics")
-                if counts["tasks"] > most_tasks:
-                    continue
-                rows.append(cluster.measure(name, stage, groups, count, share))
-                if name in paced and count <= max(STEP_GROUP, min(steps)):
-                    rows.append(cluster.measure(name, stage, groups, count, share, paced=True))
+            count = STEP_GROUP if stage == "build" else steps
+            groups = groups_of(stage, tensors, count, share)
+            counts = graph_counts(groups, threads, begins=stage == "statistics")
+            if counts["tasks"] > most_tasks:
+                continue
+            rows.append(cluster.measure(name, stage, groups, count, share))
+            if name in paced:
+                rows.append(cluster.measure(name, stage, groups, count, share, paced=True))
     return rows
 
 

@@ -103,7 +103,7 @@ def command(
             report.add(clients[name])
         with running_cluster(work, processes, process_threads) as cluster:
             rows = run_graphs(
-                cluster, names, steps, change_share, most_tasks=most_tasks, paced=paced
+                cluster, names, min(steps), change_share, most_tasks=most_tasks, paced=paced
             )
     for row in rows:
         report.add(row)
