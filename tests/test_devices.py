@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relex_stream import costs, devices, planner
-from relex_stream.costs import DeviceWork
 from relex_stream.devices import (
     Device,
     DevicePool,
@@ -30,6 +29,7 @@ from relex_stream.devices import (
     slots_of,
 )
 from relex_stream.errors import DeviceError, OptionError, RelexStreamError
+from tests.test_costs import DENSE, SPARSE
 
 GIB = 1 << 30
 PATIENCE_S = 30
@@ -222,18 +222,6 @@ def test_the_cpu_is_chosen_without_importing_torch():
 
 
 # --- what is chosen ------------------------------------------------------------------------------
-
-DENSE = DeviceWork(
-    elements=10**9,
-    changes=50 * 10**9,
-    rows=50,
-    itemsize=4,
-    base_itemsize=4,
-    basis=8,
-    passes=1,
-    outputs=1,
-)
-SPARSE = replace(DENSE, changes=DENSE.changes // 200, itemsize=2, base_itemsize=2)
 
 
 def choice_of(text, work, cores=16, block_bytes=GIB, limit=None):
