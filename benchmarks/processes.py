@@ -232,6 +232,16 @@ def alternate(
     return measured
 
 
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started here; kill it if it does not within 10 s."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def evict(paths: Iterable[Path]) -> None:
     """Take files, and all files below directories, out of the page cache.
 

@@ -18,7 +18,7 @@ from benchmarks.commands import document, program, remove
 from benchmarks.devices.cases import START_CASE, Case, Settings, worker_options
 from benchmarks.devices.pretend import PRETEND_PROGRAM, PRETEND_WORKER, environment
 from benchmarks.devices.rounds import Deadline, Rounds, difference, measure_rounds
-from benchmarks.processes import BenchmarkError, Program, alternate
+from benchmarks.processes import BenchmarkError, Program, alternate, end_process
 from relex_stream import costs
 from relex_stream.store import Store
 from relex_stream.subspaces import SubspaceOptions, basis_columns, changed_tensors, split_routes
@@ -194,7 +194,7 @@ def gpu_cluster(directory: Path, *, threads: int, pretend: bool) -> Iterator[Pat
                 stdout=log,
                 stderr=log,
             )
-            stack.callback(_end, process)
+            stack.callback(end_process, process)
         try:
             _wait_for(file)
             with Client(scheduler_file=str(file), set_as_default=False) as client:
@@ -211,15 +211,6 @@ def _wait_for(file: Path) -> None:
         if time.monotonic() > until:
             raise TimeoutError(f"no {file.name} after {_CLUSTER_START_S:.0f} s")
         time.sleep(0.05)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def default_limit_note(settings: Settings, root: Path, work: Path) -> str:

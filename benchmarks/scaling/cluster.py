@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.processes import BenchmarkError
+from benchmarks.processes import BenchmarkError, end_process
 from benchmarks.scaling.figures import element_ns
 from benchmarks.scaling.graphs import STAGES, build_groups, describe, graph_counts, groups_of
 from benchmarks.scaling.models import MODELS
@@ -113,12 +113,7 @@ def _process(
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process)
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:

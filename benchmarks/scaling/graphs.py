@@ -25,6 +25,8 @@ from relex_stream.specs import BLOCK_BYTES
 from relex_stream.store.records import StoredTensor, place_tensors
 from relex_stream.subspaces import BlockTotals, SubspaceOptions, block_groups
 
+_NOWHERE: Any = None  # in the place of a stage: nobody runs these graphs
+
 STAGES = ("build", "statistics", "write")
 """One commit of build-store, and the two stages of extrapolate."""
 
@@ -130,7 +132,7 @@ def graph_rows(
         task_bytes = costs.cluster_task_bytes(total, count, TASK_BYTES)
         started = time.process_time()
         graph = build_graph(
-            _Nowhere(), groups, begins=stage == "statistics", task_bytes=task_bytes, name="relex-1"
+            _NOWHERE, groups, begins=stage == "statistics", task_bytes=task_bytes, name="relex-1"
         )
         graph_s = time.process_time() - started
         if not rows:
@@ -167,7 +169,7 @@ def graph_counts(
     """Return how many tasks a stage is on so many threads, and how many of them work on blocks."""
     total = sum(group.nbytes for group in groups)
     graph = build_graph(
-        _Nowhere(),
+        _NOWHERE,
         groups,
         begins=begins,
         task_bytes=costs.cluster_task_bytes(total, threads, TASK_BYTES),
@@ -177,10 +179,3 @@ def graph_counts(
         "tasks": len(graph.tasks) - 1,
         "at work": sum(size > 0 for size in graph.nbytes.values()),
     }
-
-
-class _Nowhere:
-    """In the place of a stage in graphs that nobody runs."""
-
-    def turn(self, _key: Any, _nbytes: int) -> Any:
-        raise NotImplementedError

@@ -20,7 +20,7 @@ from relex_stream.specs import NoProgress
 from relex_stream.store import StoreWriter, files
 from relex_stream.store.write import Fence
 from relex_stream.writer import Filler
-from tests.clusters.runs import Numbers, build, no_warm_up, tree, within
+from tests.clusters.runs import Numbers, build, no_warm_up, run_stage, tree, within
 from tests.make_checkpoints import Trajectory
 from tests.test_graph import Recorder, groups_of
 
@@ -147,12 +147,8 @@ def test_after_an_error_no_task_is_left_running(
 ) -> None:
     monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     with distributed.Client(scheduler, set_as_default=False) as client:
-        executor = cluster.Cluster(client)
-        executor.prepare(no_warm_up, None, NoProgress())
         with pytest.raises(CorruptionError, match="tensor x, block 1: damaged"):
-            executor.run(
-                Stuck(tmp_path), groups_of([9]), workers=2, name="stuck", progress=NoProgress()
-            )
+            run_stage(client, Stuck(tmp_path), groups_of([9]), workers=2)
         assert (tmp_path / "ended").exists()
         time.sleep(0.2)
         assert not any(client.processing().values())
@@ -279,9 +275,5 @@ def test_what_a_task_wrote_is_on_the_disk_before_it_counts(
 ) -> None:
     monkeypatch.setattr(costs, "cluster_task_bytes", lambda *_: stages.TASK_BYTES)
     with distributed.Client(scheduler, set_as_default=False) as client:
-        executor = cluster.Cluster(client)
-        executor.prepare(no_warm_up, None, NoProgress())
-        found = executor.run(
-            Settles(tmp_path), groups_of([9]), workers=2, name="settles", progress=NoProgress()
-        )
+        found = run_stage(client, Settles(tmp_path), groups_of([9]), workers=2)
     assert list(found.values()) == [9]
