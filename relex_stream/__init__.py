@@ -1,8 +1,9 @@
 """Keep an RLVR trajectory losslessly in a small store, and answer for any step of it.
 
 ``build_store`` compresses a base model and its checkpoints, ``export`` gives a stored step back
-byte for byte, ``extrapolate`` predicts a later one (RELEX, arXiv 2605.21468). ``import
-relex_stream`` loads nothing heavy: each public name is imported when it is first used (PEP 562).
+byte for byte, ``extrapolate`` predicts a later one (RELEX, arXiv 2605.21468), ``reconstruct``
+projects a stored one into its subspace, ``combine`` sums stored ones. ``import relex_stream`` loads
+nothing heavy: each public name is imported when it is first used (PEP 562).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from relex_stream.api import (
         OpenStore,
         build_store,
+        combine,
         drop,
         export,
         extrapolate,
         info,
         open_store,
+        reconstruct,
         verify,
     )
     from relex_stream.errors import (
@@ -56,11 +59,13 @@ __all__ = [
     "TrajectoryError",
     "__version__",
     "build_store",
+    "combine",
     "drop",
     "export",
     "extrapolate",
     "info",
     "open_store",
+    "reconstruct",
     "verify",
 ]
 
@@ -68,11 +73,13 @@ _HOMES = {
     "relex_stream.api": (
         "OpenStore",
         "build_store",
+        "combine",
         "drop",
         "export",
         "extrapolate",
         "info",
         "open_store",
+        "reconstruct",
         "verify",
     ),
     "relex_stream.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),

@@ -24,7 +24,7 @@ from relex_stream.sketch import ChangeRows
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store
 from relex_stream.sweep import BlockRows
-from relex_stream.ulp import Bits, advance, advance_rows, widen
+from relex_stream.ulp import Bits, advance, advance_rows, advance_rows_half, widen
 
 DEFAULT_ENTRY_CAPACITY = 2 << 20
 """Changes of one block that a worker keeps between two sweeps; more are decoded again."""
@@ -229,6 +229,8 @@ class BlockReader(FrameReader):
     base : BaseWeights
     entry_capacity : int
         Changes held at a time.
+    half_deltas : bool
+        Take weight deltas as the scripts of RELEX's authors do: in half precision.
     """
 
     def __init__(
@@ -237,18 +239,21 @@ class BlockReader(FrameReader):
         base: BaseWeights,
         workspace: Workspace,
         entry_capacity: int = DEFAULT_ENTRY_CAPACITY,
+        *,
+        half_deltas: bool = False,
     ) -> None:
         super().__init__(store, workspace)
         self.base = base
         self.entry_capacity = entry_capacity
+        self.half_deltas = half_deltas
 
     def base_bits(self, at: Blocks) -> Bits:
         """Return the base's bit patterns in the base's dtype."""
         return self.base.read(at, self.workspace)[0]
 
-    def start_state(self, at: Blocks, base_bits: Bits) -> Bits:
-        """Return a copy of the base's patterns in the dtype of the checkpoints."""
-        state = self.workspace.array("state", at.elements, at.format.bits_dtype)
+    def start_state(self, at: Blocks, base_bits: Bits, buffer: str = "state") -> Bits:
+        """Return a copy of the base's patterns in the dtype of the checkpoints, in a buffer."""
+        state = self.workspace.array(buffer, at.elements, at.format.bits_dtype)
         widen(base_bits, at.base_format, at.format, state)
         return state
 
@@ -294,6 +299,9 @@ class BlockChanges:
     ----------
     fits : bool
         Whether they are kept.
+    tiled : bool
+        Whether `at_hand` gives them to kernels that take them tile by tile, and measure them
+        themselves: if they are kept, and deltas are not in half precision.
     """
 
     def __init__(self, reader: BlockReader, at: Blocks, base_bits: Bits, rows: int) -> None:
@@ -303,9 +311,11 @@ class BlockChanges:
         self._rows = rows
         self.entries = reader.entries(at, rows)
         self.fits = self.entries <= reader.entry_capacity
+        self.tiled = self.fits and not reader.half_deltas
 
     def at_hand(self) -> BlockRows:
-        """Decode all changes, for the kernels of `sweep`; they must fit."""
+        """Decode all changes, for the kernels of `sweep`; see `tiled`."""
+        assert self.tiled
         ((changes, zigzags),) = self._decode()
         origin = self._base_bits
         if self._at.format != self._at.base_format:
@@ -378,15 +388,12 @@ class BlockChanges:
 
     def _measure(self, state: Bits, changes: ChangeRows, zigzags: Bits) -> None:
         """Make the changes to `state`, in order, and fill in their values."""
-        advance_rows(
-            state,
-            changes.starts,
-            changes.ends,
-            changes.positions,
-            zigzags,
-            self._at.format.tag,
-            changes.values,
-        )
+        rows = (changes.starts, changes.ends, changes.positions, zigzags, self._at.format.tag)
+        if self._reader.half_deltas:
+            origin = self._reader.start_state(self._at, self._base_bits, "origin")
+            advance_rows_half(state, origin, *rows, changes.values)
+        else:
+            advance_rows(state, *rows, changes.values)
 
     def _decode(self) -> Iterator[tuple[ChangeRows, Bits]]:
         """Yield rows without their values yet, and the differences those are made from."""

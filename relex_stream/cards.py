@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from relex_stream._version import __version__
 from relex_stream.store import Store
 from relex_stream.store.read import describe_steps
-from relex_stream.summaries import TensorFigures
+from relex_stream.summaries import SubspaceFigures
 
 
 def base_model_name(store: Store) -> str:
@@ -32,19 +33,18 @@ def record(
     store: Store,
     *,
     settings: dict[str, Any],
-    target_step: int,
-    figures: Sequence[TensorFigures],
+    facts: dict[str, Any],
+    figures: Sequence[SubspaceFigures],
     files: Sequence[str],
 ) -> bytes:
-    """Return ``relex_stream.json``: every parameter, the figures of every tensor, all `files`.
+    """Return ``relex_stream.json``: every parameter, the figures of every subspace, all `files`.
 
     With the store it names (by the checksums of its records) it is enough to repeat the output.
     """
     rows = len(settings["history"])
     document = {
         "relex_stream": __version__,
-        "method": "RELEX (arXiv 2605.21468)",
-        "target_step": target_step,
+        **facts,
         **settings,
         "store": {
             "manifest_crc32c": store.head.manifest.crc32c,
@@ -54,15 +54,16 @@ def record(
         "base_model": base_model_name(store),
         "files": list(files),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "tensors": {
+    }
+    if figures:
+        document["subspaces"] = {
             figure.name: {
                 "singular_values": figure.singular_values,
                 "explained_variance": figure.explained_variance,
                 "r2": figure.r2,
             }
             for figure in figures
-        },
-    }
+        }
     return (json.dumps(document, indent=1) + "\n").encode()
 
 
@@ -70,21 +71,38 @@ def model_card(
     store: Store,
     *,
     settings: dict[str, Any],
-    target_step: int,
+    facts: dict[str, Any],
     median_explained_variance: float | None,
     median_r2: float | None,
 ) -> bytes:
-    """Return the README.md of an extrapolated model."""
-    history = tuple(settings["history"])
+    """Return the README.md of a model.
+
+    Parameters
+    ----------
+    store : Store
+    settings, facts : dict
+        What it has in common with others of its job, and what it is (`methods.Product.facts`).
+    median_explained_variance, median_r2 : float, optional
+    """
     base = base_model_name(store)
+    title, text = _description(settings, facts)
+    text = _wrapped(f"These weights were not trained. They are {text}")
     measured = ""
-    if median_explained_variance is not None and median_r2 is not None:
+    if median_explained_variance is not None:
         measured = (
-            f"\nMedian over tensors: rank {settings['rank']} explains "
-            f"{median_explained_variance:.1%} of the squared weight change in the history; "
-            f"R2 of the line {median_r2:.4f}. Neither says that the extrapolation helps: "
-            "evaluate it beside the last observed checkpoint.\n"
+            f"Median over {_GROUP_NAMES[settings['group_by']]}: rank {facts['rank']} explains "
+            f"{median_explained_variance:.1%} of the squared weight change in the history"
         )
+        if median_r2 is not None:
+            measured += f"; R2 of the fit {median_r2:.4f}"
+        measured += (
+            ". Neither says that the model is any good: evaluate it beside the last observed "
+            "checkpoint."
+        )
+        measured = "\n" + _wrapped(measured) + "\n"
+    if settings.get("include") or settings.get("exclude"):
+        source = "base" if settings["excluded_from"] == "base" else "last checkpoint"
+        measured += f"\nTensors that were left out are those of the {source}.\n"
     return f"""---
 base_model: {json.dumps(base)}
 library_name: transformers
@@ -93,12 +111,57 @@ tags:
 - extrapolated-weights
 ---
 
-# {base}, extrapolated to step {target_step}
+# {base}, {title}
 
-These weights were not trained. They are a prediction of the checkpoint at step {target_step} of a
-training run, from {describe_steps(history)} of it: per tensor, the rank-{settings["rank"]}
-subspace of the weight deltas and a {settings["fit"]} fit of its coefficients over the steps
-(RELEX, arXiv 2605.21468), added to the base model `{base}`.
+{text}
 {measured}
 Made with relex-stream {__version__}; `relex_stream.json` beside this file has every parameter.
 """.encode()
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+_GROUP_NAMES = {
+    "tensor": "tensors",
+    "run": "runs of tensors",
+    "layer": "layers",
+    "module": "modules",
+    "model": "the model",
+}
+
+
+def _description(settings: dict[str, Any], facts: dict[str, Any]) -> tuple[str, str]:
+    """Return what a model is, as a title and as a paragraph."""
+    steps = describe_steps(tuple(settings["history"]))
+    if "recipe" in facts:
+        weights = ", ".join(
+            f"{'base' if step == 'base' else f'step {step}'} {weight:.6g}"
+            for step, weight in facts["weights"].items()
+        )
+        text = f"a weighted sum of checkpoints of a training run ({facts['source']}): {weights}."
+        return f"checkpoints combined by {facts['recipe']}", text
+    subspace = f"the rank-{facts['rank']} subspace of the weight deltas of " + (
+        "the model" if settings["group_by"] == "model" else f"each {settings['group_by']}"
+    )
+    if "step" in facts:
+        what = f"a {settings['fit']} fit of its coefficients" if settings["fitted"] else "that step"
+        text = (
+            f"step {facts['step']} of a training run, {what} in {subspace}, from {steps} of it "
+            "(RELEX, arXiv 2605.21468)."
+        )
+        return f"step {facts['step']} in a subspace of rank {facts['rank']}", text
+    damping = facts["damping"]
+    times = "" if damping == 1 else f", times {damping:g},"
+    onto = (
+        f"the predicted delta{times} is added to the base model"
+        if facts["anchor"] == "base"
+        else f"the predicted change since then{times} is added to the last checkpoint"
+    )
+    text = (
+        f"a prediction of the checkpoint at step {facts['target_step']} of a training run, from "
+        f"{steps} of it: {subspace}, and a {settings['fit']} fit of its "
+        f"coefficients over the steps (RELEX, arXiv 2605.21468); {onto}."
+    )
+    return f"extrapolated to step {facts['target_step']}", text

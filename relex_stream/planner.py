@@ -224,12 +224,20 @@ def copy_worker_bytes(shape: ModelShape) -> int:
 
 
 def extrapolate_shared_bytes(
-    shape: ModelShape, rows: int, rank: int, basis: int, outputs: int, exact_tensors: int
+    shape: ModelShape,
+    rows: int,
+    rank: int,
+    basis: int,
+    outputs: int,
+    exact_tensors: int,
+    *,
+    outputs_at_once: int | None = None,
 ) -> int:
     """Count what all workers share: tables, sums in flight, each tensor's vectors, objects."""
     sums = SUM_TREE_ALIVE * 8 * rows * (basis + (rows if exact_tensors else 0))
-    # Singular vectors, and the weights of the stored changes; those as they travel, too.
-    vectors = 8 * rows * (rank + 2 * outputs) * shape.tensors
+    # Singular vectors, and the weights of the stored changes; those of a pass as they travel, too.
+    at_once = outputs if outputs_at_once is None else outputs_at_once
+    vectors = 8 * rows * (rank + outputs + at_once) * shape.tensors
     sketches = SKETCHES_BYTES if basis else 0
     return tables_bytes(shape, rows) + sums + vectors + sketches + _objects_bytes(shape)
 

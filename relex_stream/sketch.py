@@ -401,10 +401,13 @@ class Subspace:
         Orthonormal columns; r may be less than asked for when M has lower rank (0 if M = 0).
     singular_values : ndarray of float64, shape (r,)
         Descending, weight units.
+    total_sq : float, optional
+        ``|M|^2``, where the route finds it.
     """
 
     vectors: Float64
     singular_values: Float64
+    total_sq: float | None = None
 
 
 def subspace_of_gram(changes_gram: Float64, rank: int) -> Subspace:
@@ -428,16 +431,26 @@ def subspace_of_gram(changes_gram: Float64, rank: int) -> Subspace:
     gram = np.zeros_like(changes_gram)
     _cumulate_gram(changes_gram, gram)
     eigenvalues, vectors = np.linalg.eigh(gram)
-    return _leading(vectors[:, ::-1], eigenvalues[::-1], rank)
+    found = _leading(vectors[:, ::-1], eigenvalues[::-1], rank)
+    return replace(found, total_sq=float(np.trace(gram)))
 
 
-def sketch_basis(sketch_rows: Float64, rank: int) -> Float64:
-    """Return an orthonormal basis Q (T, min(T, rank + 7)) from the sketch of D's rows."""
+def sketch_gram(sketch_rows: Float64) -> Float64:
+    """Return an estimate of ``M M^T`` (T, T) from the sketch of D's rows.
+
+    Those of several tensors may be added: sketches of different tensors share no randomness.
+    """
     sketch = cumulate(sketch_rows)
     # Squaring loses singular values below 1e-8 of the largest; the sketch itself, kept in
     # float16, knows none of them.
-    _, left = np.linalg.eigh(sketch @ sketch.T)
-    return np.ascontiguousarray(left[:, ::-1][:, : min(sketch.shape[0], rank + OVERSAMPLING)])
+    gram: Float64 = sketch @ sketch.T
+    return gram
+
+
+def sketch_basis(gram: Float64, rank: int) -> Float64:
+    """Return an orthonormal basis Q (T, min(T, rank + 7)) from what `sketch_gram` estimates."""
+    _, left = np.linalg.eigh(gram)
+    return np.ascontiguousarray(left[:, ::-1][:, : min(gram.shape[0], rank + OVERSAMPLING)])
 
 
 def products_of_changes(changes_products: Float64) -> Float64:

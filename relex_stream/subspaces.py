@@ -1,6 +1,6 @@
-"""The statistics passes: top left singular vectors of every tensor's weight deltas.
+"""The statistics passes: top left singular vectors of the weight deltas of tensors, or groups.
 
-Tensors with a sketch take the randomized route, one pass over their blocks per power iteration;
+Groups with a sketch take the randomized route, one pass over their blocks per power iteration;
 the others, and all of them when asked, the exact route in one pass. Both are sums over blocks.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from relex_stream.base_weights import BaseWeights
 from relex_stream.block_reader import BlockReader, fetch_blocks
 from relex_stream.blocks import BlockOf, Blocks, Workspace, work_on_strips
 from relex_stream.graph import Executor, Fetcher, Group, Stage, grouped
+from relex_stream.grouping import Selection, group_name, run_blocks
 from relex_stream.offload import Offload, kind_for
 from relex_stream.sketch import (
     OVERSAMPLING,
@@ -32,6 +33,7 @@ from relex_stream.sketch import (
     products_of_changes,
     scatter_columns,
     sketch_basis,
+    sketch_gram,
     subspace_of_gram,
     subspace_of_products,
     unpack_sketch,
@@ -54,14 +56,59 @@ class SubspaceOptions:
     rank: int
     svd: str
     power_iterations: int
+    group_by: str = "tensor"
+    selection: Selection = field(default_factory=Selection)
+    half_deltas: bool = False
+    """Whether weight deltas are those of RELEX's scripts, taken in half precision."""
 
-    def is_exact(self, tensor: StoredTensor) -> bool:
-        """Say whether a tensor takes the exact route."""
-        return self.svd == "exact" or tensor.sketch_row < 0
+    def is_exact(self, group: SubspaceGroup) -> bool:
+        """Say whether a group takes the exact route: a run has no sketch, its tensor has."""
+        return self.svd == "exact" or self.group_by == "run" or not group.sketched
 
-    def passes(self, tensor: StoredTensor) -> int:
-        """Return how often a tensor's blocks are gone through."""
-        return 1 if self.is_exact(tensor) else self.power_iterations
+    def passes(self, group: SubspaceGroup) -> int:
+        """Return how often a group's blocks are gone through."""
+        return 1 if self.is_exact(group) else self.power_iterations
+
+
+@dataclass(frozen=True)
+class SubspaceGroup:
+    """What has a subspace of its own.
+
+    Attributes
+    ----------
+    name : str
+        A tensor's, or that of `subspace_name`.
+    tensors : tuple of StoredTensor
+        Whose blocks they are.
+    blocks : tuple of BlockOf
+        Those that changed.
+    """
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+    blocks: tuple[BlockOf, ...]
+
+    @property
+    def sketched(self) -> tuple[int, ...]:
+        """Indices of its tensors that have a sketch."""
+        return tuple(tensor.index for tensor in self.tensors if tensor.sketch_row >= 0)
+
+
+def subspace_name(at: BlockOf, group_by: str) -> str:
+    """Return the name of the group that a block belongs to.
+
+    Runs of a tensor that has several are named by their elements, as ``name[0:1048576]``.
+    """
+    tensor = at.tensor
+    if group_by != "run":
+        return group_name(tensor.name, group_by)
+    blocks = run_blocks(tensor.block_elements)
+    if tensor.blocks <= blocks:
+        return tensor.name
+    first = at.block - at.block % blocks
+    start, _ = tensor.block_range(first)
+    _, stop = tensor.block_range(min(first + blocks, tensor.blocks) - 1)
+    return f"{tensor.name}[{start}:{stop}]"
 
 
 def basis_columns(options: SubspaceOptions) -> int:
@@ -80,12 +127,35 @@ def changed_tensors(store: Store, rows: int) -> list[StoredTensor]:
     ]
 
 
+def predicted_tensors(store: Store, options: SubspaceOptions) -> list[StoredTensor]:
+    """Return the tensors with a subspace: those that changed, of the selection."""
+    changed = changed_tensors(store, options.rows)
+    return [tensor for tensor in changed if options.selection.takes(tensor.name)]
+
+
+def subspace_groups(
+    tensors: Sequence[StoredTensor], totals: BlockTotals, options: SubspaceOptions
+) -> list[SubspaceGroup]:
+    """Put the changed blocks of tensors into groups, in the order in which each begins."""
+    members: dict[str, tuple[dict[int, StoredTensor], list[BlockOf]]] = {}
+    for tensor in tensors:
+        for at in totals.changed_blocks(tensor):
+            name = subspace_name(at, options.group_by)
+            those, blocks = members.setdefault(name, ({}, []))
+            those[tensor.index] = tensor
+            blocks.append(at)
+    return [
+        SubspaceGroup(name, tuple(those.values()), tuple(blocks))
+        for name, (those, blocks) in members.items()
+    ]
+
+
 def split_routes(
-    tensors: Sequence[StoredTensor], options: SubspaceOptions
-) -> tuple[list[StoredTensor], list[StoredTensor]]:
-    """Split tensors into those for the exact and those for the randomized route."""
-    exact = [tensor for tensor in tensors if options.is_exact(tensor)]
-    randomized = [tensor for tensor in tensors if not options.is_exact(tensor)]
+    groups: Sequence[SubspaceGroup], options: SubspaceOptions
+) -> tuple[list[SubspaceGroup], list[SubspaceGroup]]:
+    """Split groups into those for the exact and those for the randomized route."""
+    exact = [group for group in groups if options.is_exact(group)]
+    randomized = [group for group in groups if not options.is_exact(group)]
     return exact, randomized
 
 
@@ -126,8 +196,9 @@ class BlockTotals:
 class Statistics(Stage[tuple[BlockOf, ...], "Float64 | Subspace", Float64]):
     """Passes over the blocks of tensors: from sketches, or from nothing, to subspaces.
 
-    A group is a tensor. Its value is the basis of the next pass, and in the end the subspace; one
-    that takes the exact route has none before that.
+    What a group is given are the tensors whose sketches give its first basis. Its value is the
+    basis of the next pass, and in the end the subspace; one that takes the exact route is given
+    nothing, and has no value before that.
     """
 
     begins = True
@@ -156,14 +227,17 @@ class Statistics(Stage[tuple[BlockOf, ...], "Float64 | Subspace", Float64]):
         fetch_blocks(self._store, self._base, self._rows, tasks)
 
     def begin(self, groups: Sequence[Group[Any, Any]]) -> list[Float64 | Subspace | None]:
-        """Return the basis that each tensor's sketch gives; None for the exact route."""
-        tensors = self._store.manifest.tensors
-        return [self._basis(tensors[group.key]) for group in groups]
+        """Return the basis that each group's sketches give; None for the exact route."""
+        return [self._basis(group.given) for group in groups]
 
-    def _basis(self, tensor: StoredTensor) -> Float64 | None:
-        if self._options.is_exact(tensor):
+    def _basis(self, sketched: tuple[int, ...] | None) -> Float64 | None:
+        if sketched is None:
             return None
-        return sketch_basis(unpack_sketch(*self._sketches.read(tensor)), self._options.rank)
+        tensors = self._store.manifest.tensors
+        gram = np.zeros((self._rows, self._rows))
+        for index in sketched:
+            gram += sketch_gram(unpack_sketch(*self._sketches.read(tensors[index])))
+        return sketch_basis(gram, self._options.rank)
 
     def combine(self, partials: list[Float64]) -> Float64:
         """Add up."""
@@ -186,26 +260,31 @@ class Statistics(Stage[tuple[BlockOf, ...], "Float64 | Subspace", Float64]):
         tasks: Sequence[tuple[BlockOf, ...]],
         values: Sequence[Float64 | Subspace | None],
     ) -> list[Float64]:
-        """Return each task's share of its tensor's ``D P`` (T, k), or of ``D D^T`` (T, T)."""
+        """Return each task's share of its group's ``D P`` (T, k), or of ``D D^T`` (T, T)."""
         workspace = self.of_thread(Workspace)
-        reader = BlockReader(self._store, self._base, workspace, self._entry_capacity)
+        reader = BlockReader(
+            self._store,
+            self._base,
+            workspace,
+            self._entry_capacity,
+            half_deltas=self._options.half_deltas,
+        )
         # P = M^T Q = D^T (L^T Q).
-        weights = {
-            task[0].tensor.index: cumulate_transposed(value)
-            for task, value in zip(tasks, values, strict=True)
-            if isinstance(value, np.ndarray)
-        }
+        weights: dict[int, Float64] = {}
+        for task, value in zip(tasks, values, strict=True):
+            if isinstance(value, np.ndarray):
+                weights |= dict.fromkeys((at.column for at in task), cumulate_transposed(value))
 
         def shares(at: Blocks) -> list[Float64]:
-            of_tensor = weights.get(at.blocks[0].tensor.index)
-            if of_tensor is None:
+            of_group = weights.get(at.blocks[0].column)
+            if of_group is None:
                 return self._grams(reader, at, workspace)
-            return [self._products(reader, at, workspace, of_tensor)]
+            return [self._products(reader, at, workspace, of_group)]
 
         def kind_of(at: BlockOf) -> Hashable:
             # A product is summed in the order of the tiles, which must not depend on what lies
             # beside.
-            return None if at.tensor.index in weights else kind_for(self._offload, at)
+            return None if at.column in weights else kind_for(self._offload, at)
 
         return [_added(parts) for parts in work_on_strips(tasks, kind_of, shares)]
 
@@ -221,9 +300,9 @@ class Statistics(Stage[tuple[BlockOf, ...], "Float64 | Subspace", Float64]):
         changes = reader.change_rows(at, base_bits, self._rows)
         # P in float32: an element's sum over steps carries a few 1e-7, which average out over the
         # block's elements in D P, taken in float64.
-        columns = min(TILE_COLUMNS, at.elements) if changes.fits else at.elements
+        columns = min(TILE_COLUMNS, at.elements) if changes.tiled else at.elements
         projected = workspace.array("projected", (columns, weights.shape[1]), np.float32)
-        if changes.fits:
+        if changes.tiled:
             sweep_products(changes.at_hand(), weights, projected, total)
             return total
         projected[:] = 0
@@ -267,33 +346,31 @@ def _added(parts: list[Float64]) -> Float64:
     return total
 
 
-def _groups_of_store(
+def groups_of_store(
     store: Store, base: BaseWeights, options: SubspaceOptions
-) -> list[Group[tuple[BlockOf, ...], Float64 | Subspace]]:
-    totals = BlockTotals.of(store, options.rows)
-    return block_groups(base.in_file_order(changed_tensors(store, options.rows)), totals, options)
+) -> list[SubspaceGroup]:
+    """Return the groups of a store, in the order in which the base's files have them."""
+    tensors = base.in_file_order(predicted_tensors(store, options))
+    return subspace_groups(tensors, BlockTotals.of(store, options.rows), options)
 
 
 def block_groups(
-    tensors: Sequence[StoredTensor], totals: BlockTotals, options: SubspaceOptions
+    groups: Sequence[SubspaceGroup], totals: BlockTotals, options: SubspaceOptions
 ) -> list[Group[tuple[BlockOf, ...], Float64 | Subspace]]:
-    """Return the groups of the statistics of some tensors, in their order."""
-    by_index = {tensor.index: tensor for tensor in tensors}
+    """Return the same as groups of the stage; their keys are their numbers."""
 
     def with_gram(at: BlockOf) -> int:
         # Small tensors are worked on together: as many as have room for their Gram matrices.
         return totals.work(at) + 8 * options.rows**2
 
+    exact = [options.is_exact(group) for group in groups]
     return grouped(
         (
-            (
-                tensor.index,
-                totals.changed_blocks(tensor),
-                with_gram if options.is_exact(tensor) else totals.work,
-            )
-            for tensor in tensors
+            (number, group.blocks, with_gram if exact[number] else totals.work)
+            for number, group in enumerate(groups)
         ),
-        passes=lambda index: options.passes(by_index[index]),
+        given=lambda number: None if exact[number] else groups[number].sketched,
+        passes=lambda number: options.passes(groups[number]),
     )
 
 
@@ -301,7 +378,8 @@ def fetching_first_blocks(
     store: Store, base: BaseWeights, options: SubspaceOptions
 ) -> AbstractContextManager[Any]:
     """Return a context in which the system is asked for what `solve_subspaces` will read first."""
-    groups = _groups_of_store(store, base, options)
+    totals = BlockTotals.of(store, options.rows)
+    groups = block_groups(groups_of_store(store, base, options), totals, options)
     return Fetcher(groups, partial(fetch_blocks, store, base, options.rows))
 
 
@@ -316,7 +394,7 @@ def solve_subspaces(
     entry_capacity: int,
     offload: Offload | None = None,
 ) -> dict[str, Subspace]:
-    """Return the subspace of every tensor that changed in the first rows.
+    """Return the subspace of every group that changed in the first rows, by its name.
 
     Parameters
     ----------
@@ -337,12 +415,12 @@ def solve_subspaces(
     The store and the base are read once per pass: once for the exact route, once per power
     iteration for the randomized one.
     """
+    groups = groups_of_store(store, base, options)
     results: dict[int, Subspace] = executor.run(
         Statistics(store, base, options, entry_capacity, offload),
-        _groups_of_store(store, base, options),
+        block_groups(groups, BlockTotals.of(store, options.rows), options),
         workers=workers,
         name="statistics",
         progress=progress,
     )
-    tensors = store.manifest.tensors
-    return {tensors[index].name: subspace for index, subspace in results.items()}
+    return {groups[number].name: subspace for number, subspace in results.items()}

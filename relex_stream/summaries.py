@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -95,52 +96,69 @@ class BuildSummary:
 
 
 @dataclass(frozen=True)
-class TensorFigures:
-    """How well a rank-r line describes one tensor.
+class SubspaceFigures:
+    """How well a subspace, and the fit in it, describe a tensor or a group of them.
 
-    ``explained_variance`` is the share of ``|M|^2`` in the first r components,
-    ``r2`` the coefficient of determination of each component's fit over the steps.
+    ``explained_variance`` is the share of ``|M|^2`` in the first component, the first two, and so
+    on; ``r2`` the coefficient of determination of each component's fit (empty without a fit).
     """
 
     name: str
     singular_values: tuple[float, ...]
-    explained_variance: float
+    explained_variance: tuple[float, ...]
     r2: tuple[float, ...]
+
+    def explained_of(self, rank: int | None = None) -> float:
+        """Return the share in the first `rank` components, by default in all there are."""
+        shares = self.explained_variance[:rank]
+        return shares[-1] if shares else 1.0
 
 
 @dataclass(frozen=True)
 class Output:
-    """One extrapolated model: where it is and for which step."""
+    """One model that was made.
 
-    target_step: int
+    ``what`` says which: ``target_step``, ``rank``, ``damping`` and ``anchor`` of an extrapolation,
+    ``step`` and ``rank`` of a reconstruction, ``recipe`` and ``weights`` of a combination.
+    """
+
     path: str
-    inside_history: bool
+    what: dict[str, Any]
+    inside_history: bool = False
+    """Whether its target step lies in the history."""
+
+    @property
+    def target_step(self) -> int:
+        """The step that an extrapolation predicts."""
+        return int(self.what["target_step"])
 
 
 @dataclass(frozen=True)
-class ExtrapolateSummary:
-    """What `extrapolate` did, or would do (``dry_run``: nothing was written)."""
+class ModelsSummary:
+    """What `extrapolate`, `reconstruct` or `combine` did, or would do (``dry_run``)."""
 
     store: str
     dry_run: bool
+    """Nothing was written."""
     outputs: tuple[Output, ...]
     history: tuple[int, ...]
-    """Steps the subspace and the fit use."""
-    rank: int
-    svd: str
-    power_iterations: int
-    fit: str
+    """Steps that were used."""
+    settings: dict[str, Any]
+    """What all outputs have in common, as in their records."""
     tensors: int
     unchanged_tensors: int
     """Tensors copied bit for bit from the base, because no step changed them."""
+    excluded_tensors: int
+    """Tensors copied because they were not to be predicted."""
     median_explained_variance: float | None
+    """Of the highest rank; None without a subspace."""
     median_r2: float | None
     bytes_read: int
     bytes_written: int
     peak_memory_bytes: int
     elapsed_s: float
     plan: Plan
-    figures: tuple[TensorFigures, ...] = field(default=(), repr=False)
+    figures: tuple[SubspaceFigures, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,25 @@ def advance_one(state, p, zigzag, tag):  # type: ignore[no-untyped-def]
     return number_one(after, tag) - number_one(before, tag)
 
 
+@njit(inline="always")
+def _half_one(value):  # type: ignore[no-untyped-def]
+    """Round to half precision, as float64; 0.0 when that is not finite."""
+    return number_one(_round_one(value, 10, 15), F16_TAG)
+
+
+@njit(inline="always")
+def half_change_one(state, p, zigzag, tag, origin):  # type: ignore[no-untyped-def]
+    """Apply a difference to one element; return by how much the delta in half precision changed.
+
+    That delta is ``half(half(theta) - half(theta_0))``, as the scripts of RELEX's authors take it;
+    `origin` is the pattern of theta_0.
+    """
+    start = _half_one(number_one(origin, tag))
+    before = _half_one(_half_one(number_one(state[p], tag)) - start)
+    advance_one(state, p, zigzag, tag)
+    return _half_one(_half_one(number_one(state[p], tag)) - start) - before
+
+
 @kernel
 def advance_rows(state, starts, ends, positions, zigzags, tag, values):  # type: ignore[no-untyped-def]
     """Apply the differences of some rows to `state` in place, one row after the other.
@@ -252,6 +271,15 @@ def advance_rows(state, starts, ends, positions, zigzags, tag, values):  # type:
     for row in range(starts.size):
         for i in range(starts[row], ends[row]):
             values[i] = advance_one(state, positions[i], zigzags[i], tag)
+
+
+@kernel
+def advance_rows_half(state, origin, starts, ends, positions, zigzags, tag, values):  # type: ignore[no-untyped-def]
+    """`advance_rows` for deltas in half precision; `origin` has the patterns at the base."""
+    for row in range(starts.size):
+        for i in range(starts[row], ends[row]):
+            p = positions[i]
+            values[i] = half_change_one(state, p, zigzags[i], tag, origin[p])
 
 
 @kernel
@@ -395,6 +423,23 @@ def widen(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> No
         np.left_shift(bits, 16, out=out, dtype=np.uint32, casting="unsafe")
     else:
         _widen_half_kernel(bits, out)
+
+
+def narrow(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> None:
+    """Write patterns as those of a narrower format: rounded to nearest even, or as they are.
+
+    What is not finite stays so. `target` is a format that `source` is as wide as or wider than.
+    """
+    if source == target:
+        out[:] = bits
+    elif target.code == "F16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[:] = bits.view(np.float32).astype(np.float16).view(np.uint16)
+    else:
+        # BF16 is the upper half of F32; a NaN whose payload is in the lower half keeps one bit.
+        nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        out[:] = np.where(nan, bits | np.uint32(0x400000), rounded) >> np.uint32(16)
 
 
 @kernel

@@ -36,6 +36,7 @@ from relex_stream.ulp import (
     add_rounded,
     advance,
     advance_rows,
+    advance_rows_half,
 )
 
 _ELEMENTS = 64
@@ -100,6 +101,14 @@ def _warm_up_decoding(pairs: Pairs) -> None:
     for fmt in _formats(pairs):
         before, _, changes = _round_trip(fmt)
         advance(before, changes.positions, changes.zigzags, changes.count)
+
+
+def warm_up_half_deltas(pairs: Pairs) -> None:
+    """Prepare what deltas in half precision need besides."""
+    for fmt in _formats(pairs):
+        before, _, changes = _round_trip(fmt)
+        rows = np.zeros(1, np.int64), np.array([changes.count]), changes.positions, changes.zigzags
+        advance_rows_half(before, before.copy(), *rows, fmt.tag, np.zeros(_ELEMENTS))
 
 
 def _warm_up_extrapolation(pairs: Pairs) -> None:

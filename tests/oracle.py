@@ -4,10 +4,11 @@ Nothing here uses the code under test, nor `make_checkpoints`: 16-bit patterns b
 numbers patterns of any width, by arithmetic on sign, exponent and mantissa. Per tensor:
 
 * M (T, d): row t is ``theta_t - theta_0``;
-* U, S: `numpy.linalg.svd` of M, the first r components;
-* C = U_r diag(S_r): coefficients, one row per step; a least-squares line over the step numbers
-  by `numpy.linalg.lstsq` gives c(target);
-* ``w = U_r diag(1 / S_r) c(target)``, ``theta* = theta_0 + M^T w``, rounded once.
+* U, S, V: `numpy.linalg.svd` of M, the first r components;
+* C = M V: coefficients, one row per step; a least-squares curve over the step numbers by
+  `numpy.linalg.lstsq` gives c(target);
+* the predicted delta is ``p(target) = V c(target)``; ``theta* = theta_0 + lambda p(target)``, or
+  ``theta_K + lambda (p(target) - p(K))``, rounded once.
 
 Values that are not finite count as 0, as docs/design.md says.
 """
@@ -15,7 +16,7 @@ Values that are not finite count as 0, as docs/design.md says.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +122,57 @@ class Prediction:
     bits: Bits
 
 
+Curve = Callable[[Float64, Float64, float], Float64]
+"""From steps (T,), coefficients (T, r) and a target to those there (r,)."""
+
+
+def line(steps: Float64, coefficients: Float64, target: float) -> Float64:
+    """A least-squares line."""
+    return polynomial(1)(steps, coefficients, target)
+
+
+def polynomial(degree: int) -> Curve:
+    """A least-squares polynomial, on a regressor from -1 to 1."""
+
+    def curve(steps: Float64, coefficients: Float64, target: float) -> Float64:
+        middle, width = steps.mean(), max(float(np.ptp(steps)) / 2, 1.0)
+        design = np.vander((steps - middle) / width, degree + 1)
+        parameters, *_ = np.linalg.lstsq(design, coefficients, rcond=None)
+        there: Float64 = np.vander([(target - middle) / width], degree + 1)[0] @ parameters
+        return there
+
+    return curve
+
+
+def line_from_base(steps: Float64, coefficients: Float64, target: float) -> Float64:
+    """A least-squares line that is 0 at step 0."""
+    return target * (steps @ coefficients) / (steps @ steps)
+
+
+def windowed(curve: Curve, window: int) -> Curve:
+    """A curve through the last steps alone."""
+    return lambda steps, coefficients, target: curve(
+        steps[-window:], coefficients[-window:], target
+    )
+
+
+def refitted(curve: Curve, window: int, every: int) -> Curve:
+    """Predict so many steps, one by one, slide the window, fit again."""
+
+    def again(steps: Float64, coefficients: Float64, target: float) -> Float64:
+        steps, coefficients = steps[-window:], coefficients[-window:]
+        while target > steps[-1] + every:
+            ahead = steps[-1] + np.arange(1.0, every + 1)
+            made = np.stack([curve(steps, coefficients, step) for step in ahead])
+            steps = np.concatenate([steps, ahead])[-window:]
+            coefficients = np.concatenate([coefficients, made])[-window:]
+        return curve(steps, coefficients, target)
+
+    return again
+
+
 class History:
-    """One tensor's base and checkpoints, decomposed.
+    """The base and checkpoints of a tensor, or of several side by side, decomposed.
 
     Parameters
     ----------
@@ -150,17 +200,48 @@ class History:
         self._steps = np.asarray(steps, np.float64)
         self._origin = values(base, base_dtype).reshape(-1)
         self.deltas = np.stack([values(b, dtype).reshape(-1) - self._origin for b in checkpoints])
-        self._left, self._singular, _ = np.linalg.svd(self.deltas, full_matrices=False)
+        left, self._singular, _ = np.linalg.svd(self.deltas, full_matrices=False)
+        # V from U: rows of numpy's V^T lose digits where singular values are small.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._right = np.nan_to_num(self.deltas.T @ left / self._singular)
 
-    def predict(self, target_step: int, rank: int) -> Prediction:
-        """Extrapolate; directions that M does not have count for nothing."""
+    def predict(
+        self,
+        target_step: float,
+        rank: int,
+        *,
+        curve: Curve = line,
+        damping: float = 1.0,
+        anchor: str = "base",
+    ) -> Prediction:
+        """Extrapolate."""
+
+        def there(coefficients: Float64, step: float) -> Float64:
+            return curve(self._steps, coefficients, step)
+
+        right, coefficients = self._components(rank)
+        delta = right @ there(coefficients, target_step)
+        if anchor == "latest":
+            change = delta - right @ there(coefficients, self._steps[-1])
+            delta = self.deltas[-1] + damping * change
+        else:
+            delta = damping * delta
+        return self.of_delta(delta)
+
+    def project(self, step: int, rank: int) -> Prediction:
+        """Project a step into the subspace and back."""
+        right, coefficients = self._components(rank)
+        return self.of_delta(right @ coefficients[self._steps.tolist().index(step)])
+
+    def _components(self, rank: int) -> tuple[Float64, Float64]:
+        """Return V (d, r) and C (T, r); directions that M does not have count for nothing."""
         singular = self._singular[:rank]
-        singular = singular[singular > 1e-7 * self._singular.max(initial=0.0)]
-        left = self._left[:, : singular.size]
-        line = np.stack([np.ones_like(self._steps), self._steps], axis=1)
-        parameters, *_ = np.linalg.lstsq(line, left * singular, rcond=None)
-        predicted = np.array([1.0, float(target_step)]) @ parameters
-        delta = self.deltas.T @ (left @ (predicted / singular))
+        kept = int((singular > 1e-7 * self._singular.max(initial=0.0)).sum())
+        right = self._right[:, :kept]
+        return right, self.deltas @ right
+
+    def of_delta(self, delta: Float64) -> Prediction:
+        """Round the base plus a delta."""
         # A weight that no step moved keeps its pattern (a negative zero, a NaN's payload).
         bits = np.where(
             self.deltas.any(axis=0),

@@ -496,12 +496,32 @@ def test_a_step_that_the_store_does_not_hold(root: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "what", "remedy"),
     [
-        (("--history-steps", 1), "a line needs at least 2 checkpoints", "raise --history-steps"),
+        (("--history-steps", 1), "linear needs at least 2 checkpoints", "raise --history-steps"),
         (("--rank", 6), r"--rank must be from 1 to .*\(5\), not 6", ""),
         (("--rank", 0), "--rank", ""),
         (("--power-iterations", 0), "--power-iterations", ""),
         (("--svd", "approximate"), "--svd", "randomized.*exact"),
         (("--fit", "cubic"), "--fit", "linear"),
+        (("--fit", "polynomial:5"), "--fit polynomial:5 needs at least 6 checkpoints", "add"),
+        (("--fit", "sinusoid", "--history-steps", 4), "--fit sinusoid needs at least 5", "raise"),
+        (("--window", 6), "--window is 6 checkpoints, the history has 5", ""),
+        (("--window", 1), "--window must be at least 2", ""),
+        (("--refit-every", 0), "--refit-every", ""),
+        (("--damping", "nan"), "--damping must be a number", ""),
+        (("--damping", "1", "--damping", "1.0"), "a --damping is given twice", ""),
+        (("--rank", 1, "--rank", 1), "a --rank is given twice", ""),
+        (("--anchor", "last"), "--anchor", "base.*latest"),
+        (("--group-by", "block"), "--group-by", "tensor"),
+        (("--include", "*.nothing"), r"--include \*.nothing is no tensor's name", "the first is"),
+        (("--exclude", "*"), "leave no tensor to predict", ""),
+        (("--excluded-from", "middle"), "--excluded-from", "base.*latest"),
+        (("--compat", "mergekit"), "--compat", "relex"),
+        (("--step-scale", 2), "--step-scale is for --compat relex", ""),
+        (("--compat", "relex", "--step-scale", 0), "--step-scale must be", "above 0"),
+        (("--compat", "relex", "--anchor", "latest"), "no --anchor latest", ""),
+        (("--compat", "relex", "--group-by", "layer"), "no --group-by layer", ""),
+        (("--compat", "relex", "--fit", "linear-origin"), "no --fit linear-origin", ""),
+        (("--compat", "relex", "--devices", "cuda"), "CPU only", "leave --devices out"),
         (("--target-step", 20), "given twice", ""),
         (("--target-step", 0), "--target-step", ""),
         (("--memory-limit", "20MiB"), "needs .* MiB", "raise --memory-limit"),
@@ -515,6 +535,56 @@ def test_an_extrapolation_that_cannot_be_met(
     assert not (root / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "what", "remedy"),
+    [
+        ((), "Missing option '--step'", ""),
+        (("--step", 6), "--step 6 is not in the history, which has 5 steps from 1 to 5", ""),
+        (("--step", 4, "--history-steps", 3), "which has step 1, 2, 3", ""),
+        (("--step", 4, "--step", 4), "a --step is given twice", ""),
+        (("--step", 4, "--fitted", "--fit", "x"), "--fit must be one of", "linear"),
+        (("--step", 4, "--rank", 9), "--rank must be from 1 to", ""),
+    ],
+)
+def test_a_reconstruction_that_cannot_be_met(
+    root: Path, options: tuple[object, ...], what: str, remedy: str
+) -> None:
+    refused("reconstruct", root / "store", root / "out", *options, what=what, remedy=remedy)
+    assert not (root / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "remedy"),
+    [
+        ((), "name at least one --recipe, or --weights", ""),
+        (("--recipe", "soup:last=2"), "there is no recipe 'soup'", "lawa:last=K"),
+        (("--recipe", "lawa"), "lacks last", "write lawa:last=K"),
+        (("--recipe", "lawa:last"), "'last' is not key=value", "write lawa:last=K"),
+        (("--recipe", "lawa:last=2,last=3"), "'last=3' is not key=value, or is there twice", ""),
+        (("--recipe", "lawa:last=6"), "last must be a number from 1 to 5, not '6'", ""),
+        (("--recipe", "lawa:last=1.5"), "last must be a whole number", ""),
+        (("--recipe", "lawa:last=2,from=1"), "knows no 'from'", "write lawa:last=K"),
+        (("--recipe", "ema:decay=2"), "decay must be a number from 0 to 1, not '2'", ""),
+        (("--recipe", "ema:decay=inf"), "decay must be a number", ""),
+        (("--recipe", "expo:alpha=much"), "alpha must be a number, not 'much'", ""),
+        (("--recipe", "expo:alpha=1,step=9"), "step must be a step that the store holds", ""),
+        (("--recipe", "expo:alpha=1,step=0"), "step must be a step that the store holds", ""),
+        (("--recipe", "two-point:target=9,from=3,to=3"), "'to' must be a later step", ""),
+        (("--recipe", "two-point:target=9,norms=x"), "norms must be copy or extrapolate", ""),
+        (("--recipe", "expo:alpha=1", "--recipe", "expo:alpha=1"), "two outputs are the same", ""),
+        (("--weights", "4"), "is not STEP=WEIGHT", "like 100=0.5"),
+        (("--weights", "4=0.5,4=0.5"), "step 4 is there twice", ""),
+        (("--weights", "9=1"), "the store holds no step 9", ""),
+        (("--weights", "0=0.4,4=0.5"), "the base .step 0. has 0.5, not 0.4", ""),
+    ],
+)
+def test_a_combination_that_cannot_be_met(
+    root: Path, options: tuple[object, ...], what: str, remedy: str
+) -> None:
+    refused("combine", root / "store", root / "out", *options, what=what, remedy=remedy)
+    assert not (root / "out").exists()
+
+
 def test_one_checkpoint_makes_no_line(root: Path) -> None:
     rs.build_store(root / "base", root / "checkpoints", root / "single", steps="4")
     refused(
@@ -523,7 +593,7 @@ def test_one_checkpoint_makes_no_line(root: Path) -> None:
         root / "out",
         "--target-step",
         20,
-        what="a line needs at least 2 checkpoints, the history has 1",
+        what="--fit linear needs at least 2 checkpoints, the history has 1",
         remedy="add checkpoints with build-store",
     )
     assert not (root / "out").exists()

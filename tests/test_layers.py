@@ -74,7 +74,7 @@ ROOMS = {
         pure=True,
     ),
     "sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
-    "fit": Room(set(), {"numpy"}, pure=True),
+    "fit": Room(set(), {"numpy", "scipy"}, pure=True),
     "planner": Room({"costs"}, pure=True),
     "costs": Room(pure=True),
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
@@ -120,22 +120,31 @@ ROOMS = {
     "matching": Room({"ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
-    "subspaces": Room(BELOW_STAGES | {"offload"}, {"numpy"}),
-    "request": Room({"fit", "store", "subspaces"}),
+    "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
+    # What is asked for, as arithmetic and in words.
+    "grouping": Room(pure=True),
+    "recipes": Room(pure=True),
+    "methods": Room({"fit", "recipes"}, {"numpy"}, pure=True),
+    "request": Room({"fit", "grouping", "methods", "recipes", "store", "subspaces"}),
     "cards": Room({"_version", "store"}, {"numpy"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
-    "extrapolation": Room(
+    "model_writes": Room(
+        BELOW_STAGES | {"assemble", "grouping", "offload", "subspaces"}, {"numpy"}
+    ),
+    "models": Room(
         BELOW_STAGES
-        | {"assemble", "cards", "costs", "devices", "offload", "request", "subspaces", "warmup"},
+        | {"assemble", "cards", "costs", "devices", "offload", "subspaces", "warmup"}
+        | {"methods", "model_writes", "request"},
         {"numpy"} | CHECKSUM,
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
-        BELOW_STAGES | {"build", "exporting", "extrapolation", "verification", "opened"}, {"numpy"}
+        BELOW_STAGES | {"build", "exporting", "models", "request", "verification", "opened"},
+        {"numpy"},
     ),
     "demo": Room(
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}

@@ -22,6 +22,7 @@ from relex_stream.sketch import (
     products_of_changes,
     scatter_columns,
     sketch_basis,
+    sketch_gram,
     sketch_key,
     subspace_of_gram,
     subspace_of_products,
@@ -394,7 +395,7 @@ def randomized_subspace(changes, rank, passes, block=100):
     """Run the randomized route as the pipeline does: float16 sketch, float32 projections."""
     rows, elements = changes.shape
     stored = unpack_sketch(*pack_sketch(sketched(changes, sketch_key(0, "w"), block)))
-    basis = sketch_basis(stored, rank)
+    basis = sketch_basis(sketch_gram(stored), rank)
     assert basis.shape == (rows, min(rows, rank + sketch.OVERSAMPLING))
     for number in range(passes):
         if number:

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from relex_stream import blocks, build, ingest, planner, scan
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import BlockReader
 from relex_stream.blocks import BlockOf, Strip, Workspace, float_formats, work_on_strips
-from relex_stream.extrapolation import extrapolate_steps
+from relex_stream.models import RunOptions, make_models
+from relex_stream.request import check_extrapolation
 from relex_stream.sketch import add_gram, add_weighted_rows
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import DTYPES
@@ -453,23 +455,8 @@ def test_a_strip_whose_changes_are_too_many_is_not_swept_for_each_of_its_blocks(
 
     def extrapolate(out, capacity):
         calls.clear()
-        extrapolate_steps(
-            store,
-            out,
-            target_steps=[30],
-            history_steps=None,
-            rank=2,
-            svd="exact",
-            power_iterations=1,
-            fit="linear",
-            base=None,
-            memory_limit=None,
-            workers=1,
-            overwrite=False,
-            dry_run=False,
-            progress=None,
-            entry_capacity=capacity,
-        )
+        ask = partial(check_extrapolation, target_steps=[30], rank=2, svd="exact")
+        make_models(store, out, ask, RunOptions(workers=1, entry_capacity=capacity))
         return read_tree(out), [len(at.blocks) for at in calls]
 
     monkeypatch.setattr(BlockReader, "runs", count)

@@ -21,7 +21,14 @@ from benchmarks.devices.rounds import Deadline, Rounds, difference, measure_roun
 from benchmarks.processes import BenchmarkError, Program, alternate, end_process
 from relex_stream import costs
 from relex_stream.store import Store
-from relex_stream.subspaces import SubspaceOptions, basis_columns, changed_tensors, split_routes
+from relex_stream.subspaces import (
+    BlockTotals,
+    SubspaceOptions,
+    basis_columns,
+    changed_tensors,
+    split_routes,
+    subspace_groups,
+)
 
 _CLUSTER_START_S = 120.0
 
@@ -154,7 +161,8 @@ def work_of(store_path: Path, route: str, rows: int) -> costs.DeviceWork:
     store = Store(store_path)
     options = SubspaceOptions(rows, 1, route, 1)
     changed = changed_tensors(store, rows)
-    _, randomized = split_routes(changed, options)
+    groups = subspace_groups(changed, BlockTotals.of(store, rows), options)
+    _, randomized = split_routes(groups, options)
     tracked = [tensor for tensor in store.manifest.tensors if tensor.kind == "tracked"]
     return costs.DeviceWork(
         elements=sum(tensor.elements for tensor in changed),

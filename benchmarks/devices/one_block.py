@@ -102,7 +102,7 @@ class OneBlock:
         changes = self.reader.change_rows(self.at, self.base_bits, rows)
         out = np.empty((outputs, self.elements), self.base_bits.dtype)
         fmt = self.at.base_format
-        if changes.fits:
+        if changes.tiled:
             sums = np.empty((min(TILE_COLUMNS, self.elements), outputs))
             sweep_outputs(changes.at_hand(), weights, self.base_bits, fmt.tag, sums, out)
             return out

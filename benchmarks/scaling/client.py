@@ -22,12 +22,12 @@ from relex_stream import planner
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
-from relex_stream.extrapolation import BlockWrite
 from relex_stream.graph import Stage
 from relex_stream.graph.packed import PackedStage
 from relex_stream.ingest import Ingest
 from relex_stream.machine import resident_bytes
 from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
+from relex_stream.model_writes import BlockWrite, Source
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import BLOCK_BYTES, STEP_GROUP, SourceCheckpoint
@@ -219,7 +219,7 @@ def _packed_bytes(
         assembly = Assembly(store, store.manifest.base_files, prefix="", in_base_dtype=True)
         filler = OutputDirectory(root / "out").filler
         found["packed write_bytes"] = BlockWrite(
-            store, weights, filler, [assembly], _OPENED, DEFAULT_ENTRY_CAPACITY, None
+            Source(store, weights, _OPENED, DEFAULT_ENTRY_CAPACITY), filler, [assembly], None
         )
         sizes = {name: _packed(stage) for name, stage in found.items()}
     with CheckpointReader() as reader, StoreWriter(root / "run.store") as writer:

@@ -20,10 +20,16 @@ from relex_stream.blocks import BlockOf, model_shape
 from relex_stream.graph import Group, grouped
 from relex_stream.graph.stages import TASK_BYTES
 from relex_stream.graph.tasks import build_graph
+from relex_stream.model_writes import Mix
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.specs import BLOCK_BYTES
 from relex_stream.store.records import StoredTensor, place_tensors
-from relex_stream.subspaces import BlockTotals, SubspaceOptions, block_groups
+from relex_stream.subspaces import (
+    BlockTotals,
+    SubspaceOptions,
+    block_groups,
+    subspace_groups,
+)
 
 _NOWHERE: Any = None  # in the place of a stage: nobody runs these graphs
 
@@ -98,7 +104,7 @@ def write_groups(
             )
             for tensor in tensors
         ),
-        given=lambda _: np.zeros((steps, 1)),
+        given=lambda _: Mix(np.zeros((steps, 1))),
     )
 
 
@@ -111,7 +117,7 @@ def groups_of(
     totals = totals_of(tensors, steps, share)
     if stage == "statistics":
         options = SubspaceOptions(rows=steps, rank=RANK, svd="randomized", power_iterations=1)
-        return block_groups(tensors, totals, options)
+        return block_groups(subspace_groups(tensors, totals, options), totals, options)
     return write_groups(tensors, totals, steps)
 
 

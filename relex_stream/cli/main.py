@@ -44,6 +44,14 @@ COMMANDS = {
         "relex_stream.cli.extrapolate:command",
         "Predict the weights of later steps.",
     ),
+    "reconstruct": Entry(
+        "relex_stream.cli.reconstruct:command",
+        "Project stored steps into their subspace and back.",
+    ),
+    "combine": Entry(
+        "relex_stream.cli.combine:command",
+        "Write weighted sums of stored steps: ExPO, EMA, LAWA and others.",
+    ),
     "export": Entry(
         "relex_stream.cli.export:command",
         "Rebuild a stored step, byte for byte.",

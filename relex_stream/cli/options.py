@@ -179,8 +179,127 @@ def cluster(function: Function) -> Function:
     return function
 
 
-overwrite = click.option(
+_overwrite = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUT, if it is a model that this command wrote and nothing was added to it.",
+    help="Replace OUT, if it is a model that this program wrote and nothing was added to it.",
 )
+
+_dry_run = click.option(
+    "--dry-run", is_flag=True, help="Print the plan and its memory; write nothing."
+)
+
+
+def making(function: Function) -> Function:
+    """Add the options that say how models are made, which change none of them."""
+    for option in (
+        cluster,
+        _dry_run,
+        _overwrite,
+        device_memory_limit,
+        devices,
+        workers,
+        memory_limit,
+        base,
+    ):
+        function = option(function)
+    return function
+
+
+history_steps = click.option(
+    "--history-steps",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Use the stored steps up to step K only.  [default: all]",
+)
+
+_rank = click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    default=(1,),
+    show_default="1",
+    metavar="R",
+    multiple=True,
+    help="Rank of the subspace of weight deltas. May be given several times.",
+)
+
+_svd = click.option(
+    "--svd",
+    type=click.Choice(["randomized", "exact"]),
+    default="randomized",
+    show_default=True,
+    help="How the subspace is found: from the stored sketches, or from full Gram matrices.",
+)
+
+_power_iterations = click.option(
+    "--power-iterations",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="Q",
+    help="Passes over the store that refine the randomized subspace. One is within 1e-4 of the "
+    "exact rank-1 result; take 2 or 3 for higher ranks.",
+)
+
+_group_by = click.option(
+    "--group-by",
+    type=click.Choice(["tensor", "run", "layer", "module", "model"]),
+    default="tensor",
+    show_default=True,
+    help="What has a subspace of its own: each tensor, each run of 1 Mi weights of a tensor, each "
+    "layer, each module (the same tensor of all layers), or the whole model.",
+)
+
+_fit = click.option(
+    "--fit",
+    default="linear",
+    show_default=True,
+    metavar="FIT",
+    help="How coefficients go on: linear, linear-origin (0 at the base), polynomial:2 (or another "
+    "degree) or sinusoid.",
+)
+
+_window = click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    metavar="W",
+    help="Fit through the last W checkpoints; the subspace is still that of all.  [default: all]",
+)
+
+
+def subspace(function: Function) -> Function:
+    """Add the options of subspaces and of fits in them."""
+    for option in (_window, _fit, _group_by, _power_iterations, _svd, _rank, history_steps):
+        function = option(function)
+    return function
+
+
+_include = click.option(
+    "--include",
+    metavar="PATTERN",
+    multiple=True,
+    help="Predict tensors whose names match only, like '*.mlp.*'. May be given several times.  "
+    "[default: all]",
+)
+
+_exclude = click.option(
+    "--exclude",
+    metavar="PATTERN",
+    multiple=True,
+    help="Leave out tensors whose names match, like '*norm*'. May be given several times.",
+)
+
+_excluded_from = click.option(
+    "--excluded-from",
+    type=click.Choice(["base", "latest"]),
+    default="base",
+    show_default=True,
+    help="Where tensors that are left out come from: the base, or the last checkpoint used.",
+)
+
+
+def selection(function: Function) -> Function:
+    """Add the options that leave tensors out."""
+    for option in (_excluded_from, _exclude, _include):
+        function = option(function)
+    return function

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from relex_stream.summaries import (
     DropSummary,
     ExportedFile,
     ExportSummary,
-    ExtrapolateSummary,
+    ModelsSummary,
     Output,
     Plan,
     StagePlan,
     StepInfo,
     StoreInfo,
-    TensorFigures,
+    SubspaceFigures,
     VerifySummary,
 )
 
@@ -65,17 +66,30 @@ BUILD = BuildSummary(
     plan=PLAN,
 )
 
-EXTRAPOLATE = ExtrapolateSummary(
+SUBSPACE_SETTINGS = {
+    "fit": "linear",
+    "window": None,
+    "svd": "randomized",
+    "power_iterations": 1,
+    "group_by": "tensor",
+}
+
+EXTRAPOLATE = ModelsSummary(
     store="run.store",
     dry_run=False,
-    outputs=(Output(600, "out/step-600", False), Output(300, "out/step-300", True)),
+    outputs=tuple(
+        Output(
+            f"out/step-{step}",
+            {"target_step": step, "rank": 1, "damping": 0.5, "anchor": "base"},
+            inside_history=step < 500,
+        )
+        for step in (600, 300)
+    ),
     history=tuple(range(10, 510, 10)),
-    rank=1,
-    svd="randomized",
-    power_iterations=1,
-    fit="linear",
+    settings={"method": "RELEX", **SUBSPACE_SETTINGS, "refit_every": None},
     tensors=290,
     unchanged_tensors=12,
+    excluded_tensors=0,
     median_explained_variance=0.871,
     median_r2=float("nan"),
     bytes_read=99 * MIB,
@@ -83,7 +97,38 @@ EXTRAPOLATE = ExtrapolateSummary(
     peak_memory_bytes=260 * MIB,
     elapsed_s=1.5,
     plan=PLAN,
-    figures=(TensorFigures("model.embed.weight", (0.25, 0.01), 0.9, (0.97,)),),
+    figures=(SubspaceFigures("model.embed.weight", (0.25, 0.01), (0.85, 0.9), (0.97,)),),
+)
+
+RECONSTRUCT = dataclasses.replace(
+    EXTRAPOLATE,
+    outputs=(Output("out", {"step": 10, "rank": 1}),),
+    settings={"method": "projection", **SUBSPACE_SETTINGS, "fit": None, "fitted": False},
+    median_r2=None,
+)
+
+COMBINE = dataclasses.replace(
+    EXTRAPOLATE,
+    outputs=(
+        Output(
+            "out",
+            {
+                "recipe": "ema:decay=0.5",
+                "source": "exponential moving average",
+                "weights": {"base": 0.5**50, **{10 * age: 0.5**age for age in range(1, 51)}},
+            },
+        ),
+    ),
+    settings={
+        "method": "linear combination",
+        "include": [],
+        "exclude": ["*norm*"],
+        "excluded_from": "latest",
+    },
+    excluded_tensors=3,
+    median_explained_variance=None,
+    median_r2=None,
+    figures=(),
 )
 
 EXPORT = ExportSummary(
@@ -120,7 +165,7 @@ DROP = DropSummary("run.store", (40, 50), (10, 20, 30), 2 * MIB)
 
 
 class FakeApi(types.ModuleType):
-    """The signatures of `relex_stream.api`, which `test_commands.py` compares with it."""
+    """What `relex_stream.api` has; `test_commands.py` holds its calls against the real one."""
 
     def __init__(self) -> None:
         super().__init__("relex_stream.api")
@@ -128,6 +173,8 @@ class FakeApi(types.ModuleType):
         self.results: dict[str, Any] = {
             "build_store": BUILD,
             "extrapolate": EXTRAPOLATE,
+            "reconstruct": RECONSTRUCT,
+            "combine": COMBINE,
             "export": EXPORT,
             "info": INFO,
             "verify": VERIFY,
@@ -171,29 +218,14 @@ class FakeApi(types.ModuleType):
     ) -> BuildSummary:
         return self._run("build_store", locals())
 
-    def extrapolate(
-        self,
-        store: str | Path,
-        out: str | Path,
-        *,
-        target_steps: Sequence[int],
-        history_steps: int | None = None,
-        rank: int = 1,
-        svd: str = "randomized",
-        power_iterations: int = 1,
-        fit: str = "linear",
-        base: str | Path | None = None,
-        memory_limit: int | None = None,
-        workers: int | None = None,
-        overwrite: bool = False,
-        dry_run: bool = False,
-        scheduler: str | Path | None = None,
-        local_cluster: int | None = None,
-        devices: str = "auto",
-        device_memory_limit: int | None = None,
-        progress: Progress | None = None,
-    ) -> ExtrapolateSummary:
-        return self._run("extrapolate", locals())
+    def extrapolate(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
+        return self._run("extrapolate", {"self": self, "store": store, "out": out, **asked})
+
+    def reconstruct(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
+        return self._run("reconstruct", {"self": self, "store": store, "out": out, **asked})
+
+    def combine(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
+        return self._run("combine", {"self": self, "store": store, "out": out, **asked})
 
     def export(
         self,
@@ -253,6 +285,8 @@ def run(api: FakeApi) -> Run:
 COMMAND_LINES = {
     "build-store": ("build-store", "base", "checkpoints", "run.store"),
     "extrapolate": ("extrapolate", "run.store", "out", "--target-step", "600"),
+    "reconstruct": ("reconstruct", "run.store", "out", "--step", "10"),
+    "combine": ("combine", "run.store", "out", "--recipe", "ema:decay=0.5"),
     "export": ("export", "run.store", "out", "--step", "10"),
     "info": ("info", "run.store"),
     "verify": ("verify", "run.store"),

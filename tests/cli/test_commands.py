@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from relex_stream import api as real_api
+from relex_stream.models import RunOptions
+from relex_stream.summaries import Output
 from tests.cli import conftest
 from tests.cli.conftest import COMMAND_LINES, FakeApi, Run
 
@@ -41,39 +44,99 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
     ]
 
 
+RUN = (
+    *("--base", "elsewhere", "--memory-limit", "8GB", "--workers", "1", "--overwrite"),
+    *("--dry-run", "--scheduler", "scheduler.json", "--local-cluster", "2"),
+    *("--devices", "cuda:1", "--device-memory-limit", "20GB"),
+)
+RUN_ARGUMENTS = {
+    "base": Path("elsewhere"),
+    "memory_limit": 8_000_000_000,
+    "workers": 1,
+    "overwrite": True,
+    "dry_run": True,
+    "scheduler": "scheduler.json",
+    "local_cluster": 2,
+    "devices": "cuda:1",
+    "device_memory_limit": 20_000_000_000,
+}
+SELECTION = ("--include", "*.a", "--include", "*.b", "--exclude", "x", "--excluded-from", "latest")
+SELECTION_ARGUMENTS = {
+    "include": ("*.a", "*.b"),
+    "exclude": ("x",),
+    "excluded_from": "latest",
+}
+SUBSPACE = (
+    *("--history-steps", "40", "--rank", "2", "--rank", "5", "--svd", "exact"),
+    *("--power-iterations", "2", "--fit", "polynomial:3", "--window", "7", "--group-by", "layer"),
+)
+SUBSPACE_ARGUMENTS = {
+    "history_steps": 40,
+    "rank": (2, 5),
+    "svd": "exact",
+    "power_iterations": 2,
+    "fit": "polynomial:3",
+    "window": 7,
+    "group_by": "layer",
+}
+PATHS = {"store": Path("run.store"), "out": Path("out")}
+
+
 def test_extrapolate_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("extrapolate", "run.store", "out", "--target-step", "600", "--target-step", "300"),
-        *("--history-steps", "40", "--rank", "2", "--svd", "exact", "--power-iterations", "2"),
-        *("--fit", "linear", "--base", "elsewhere", "--memory-limit", "8GB", "--workers", "1"),
-        *("--overwrite", "--dry-run", "--scheduler", "scheduler.json", "--local-cluster", "2"),
-        *("--devices", "cuda:1", "--device-memory-limit", "20GB"),
+        *("--refit-every", "9", "--damping", "0.3", "--damping", "1", "--anchor", "latest"),
+        *("--anchor", "base", "--compat", "relex", "--step-scale", "2", *SUBSPACE, *SELECTION),
+        *RUN,
     )
     assert result.exit_code == 0, result.stderr
-    assert api.calls == [
-        (
-            "extrapolate",
-            {
-                "store": Path("run.store"),
-                "out": Path("out"),
-                "target_steps": (600, 300),
-                "history_steps": 40,
-                "rank": 2,
-                "svd": "exact",
-                "power_iterations": 2,
-                "fit": "linear",
-                "base": Path("elsewhere"),
-                "memory_limit": 8_000_000_000,
-                "workers": 1,
-                "overwrite": True,
-                "dry_run": True,
-                "scheduler": "scheduler.json",
-                "local_cluster": 2,
-                "devices": "cuda:1",
-                "device_memory_limit": 20_000_000_000,
-            },
-        )
-    ]
+    expected = {
+        "target_steps": (600, 300),
+        "refit_every": 9,
+        "damping": (0.3, 1.0),
+        "anchor": ("latest", "base"),
+        "compat": "relex",
+        "step_scale": 2.0,
+        **PATHS,
+        **SUBSPACE_ARGUMENTS,
+        **SELECTION_ARGUMENTS,
+        **RUN_ARGUMENTS,
+    }
+    assert api.calls == [("extrapolate", expected)]
+
+
+def test_reconstruct_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("reconstruct", "run.store", "out", "--step", "10", "--step", "20", "--fitted"),
+        *(*SUBSPACE, *SELECTION, *RUN),
+    )
+    assert result.exit_code == 0, result.stderr
+    expected = {
+        "steps": (10, 20),
+        "fitted": True,
+        **PATHS,
+        **SUBSPACE_ARGUMENTS,
+        **SELECTION_ARGUMENTS,
+        **RUN_ARGUMENTS,
+    }
+    assert api.calls == [("reconstruct", expected)]
+
+
+def test_combine_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("combine", "run.store", "out", "--recipe", "lawa:last=2", "--recipe", "expo:alpha=1"),
+        *("--weights", "10=0.5", "--history-steps", "40", *SELECTION, *RUN),
+    )
+    assert result.exit_code == 0, result.stderr
+    expected = {
+        "recipes": ("lawa:last=2", "expo:alpha=1"),
+        "weights": ("10=0.5",),
+        "history_steps": 40,
+        **PATHS,
+        **SELECTION_ARGUMENTS,
+        **RUN_ARGUMENTS,
+    }
+    assert api.calls == [("combine", expected)]
 
 
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
@@ -106,24 +169,25 @@ def test_verify_info_and_drop_pass_every_option(api: FakeApi, run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", COMMAND_LINES)
-def test_defaults_are_those_of_the_library(name: str, api: FakeApi, run: Run) -> None:
+def test_calls_and_defaults_are_those_of_the_library(name: str, api: FakeApi, run: Run) -> None:
     assert run(*COMMAND_LINES[name]).exit_code == 0
     function, arguments = api.calls[0]
-    parameters = inspect.signature(getattr(api, function)).parameters
-    for key, parameter in parameters.items():
-        if parameter.default is not parameter.empty and key != "progress":
-            assert arguments[key] == parameter.default, key
-
-
-def test_the_fake_has_the_signatures_of_the_library() -> None:
-    real = pytest.importorskip("relex_stream.api")
-    fake = FakeApi()
-    for name in fake.results:
-        expected = inspect.signature(getattr(real, name)).parameters
-        faked = inspect.signature(getattr(fake, name)).parameters
-        assert [(p.name, p.kind, p.default) for p in faked.values()] == [
-            (p.name, p.kind, p.default) for p in expected.values()
-        ], name
+    signature = inspect.signature(getattr(real_api, function))
+    signature.bind(**arguments)
+    accepted = set(signature.parameters) | set(real_api.RunArguments.__annotations__)
+    assert set(arguments) <= accepted
+    defaults = {
+        key: parameter.default
+        for key, parameter in signature.parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    if "run" in signature.parameters:
+        options = dataclasses.fields(RunOptions)
+        defaults |= {each.name: each.default for each in options if each.name != "entry_capacity"}
+    defaults.pop("progress", None)
+    for key in defaults.keys() - {"recipes"}:  # named in the command line above
+        # What may be given several times is a tuple here; one value by itself will do there.
+        assert arguments[key] in (defaults[key], (defaults[key],)), key
 
 
 def test_build_store_summary(run: Run) -> None:
@@ -164,7 +228,7 @@ def test_verbose_lists_everything_and_the_plan(run: Run) -> None:
     assert "statistics pass 1" in output
     output = run(*COMMAND_LINES["extrapolate"], "--verbose").stdout
     assert "write outputs" in output
-    assert "model.embed.weight             0.25              90.0 %  0.970" in output
+    assert "model.embed.weight        0.25 0.01              90.0 %  0.970" in output
     output = run(*COMMAND_LINES["info"], "-v").stdout
     assert "more" not in output
 
@@ -177,6 +241,46 @@ def test_extrapolate_summary(run: Run) -> None:
     assert "290, of which 12 never changed" in output
     assert "explained variance  87.1 %, median\n" in output
     assert "R2 of the fit       -, median\n" in output
+
+
+def test_what_models_are_told_apart_by_is_named(api: FakeApi, run: Run) -> None:
+    other = {"target_step": 600, "rank": 3, "damping": 1.0, "anchor": "latest"}
+    outputs = (conftest.EXTRAPOLATE.outputs[0], Output("out/other", other))
+    changed = {"group_by": "layer", "window": 5, "refit_every": 2, "compat": "relex"}
+    settings = conftest.EXTRAPOLATE.settings | changed
+    summary = dataclasses.replace(conftest.EXTRAPOLATE, outputs=outputs, settings=settings)
+    api.results["extrapolate"] = summary
+    output = run(*COMMAND_LINES["extrapolate"]).stdout
+    assert "step 600, rank 1, damping 0.5, anchor base  out/step-600\n" in output
+    assert "step 600, rank 3, damping 1, anchor latest  out/other\n" in output
+    assert (
+        "rank 1, 3 of each layer, randomized SVD with 1 power iteration, "
+        "linear fit of the last 5 checkpoints, again every 2 steps, as the scripts of RELEX's "
+        "authors\n"
+    ) in output
+    api.results["extrapolate"] = dataclasses.replace(summary, outputs=outputs[:1] * 30)
+    assert "and 10 more (--verbose lists all)" in run(*COMMAND_LINES["extrapolate"]).stdout
+    assert "and 10 more" not in run(*COMMAND_LINES["extrapolate"], "-v").stdout
+
+
+def test_reconstruct_summary(run: Run) -> None:
+    output = run(*COMMAND_LINES["reconstruct"]).stdout
+    assert "step 10             out\n" in output
+    assert "method              rank 1, randomized SVD with 1 power iteration\n" in output
+    assert "R2" not in output
+
+
+def test_combine_prints_the_effective_weights(run: Run) -> None:
+    output = run(*COMMAND_LINES["combine"]).stdout
+    assert "left out       3 tensors, copied from the last checkpoint\n" in output
+    rows = [line.split("  ") for line in output.splitlines() if line.startswith("ema:decay=0.5")]
+    weights = {row[1]: float(row[-1]) for row in rows[1:]}
+    # The base, the eight that weigh most, and the rest together.
+    assert len(weights) == 10
+    assert weights["base"] == pytest.approx(0.5**50)
+    assert (weights["step 10"], weights["step 80"]) == (0.5, pytest.approx(0.5**8))
+    assert weights["42 others"] == pytest.approx(0.5**8)
+    assert "step 500" in run(*COMMAND_LINES["combine"], "--verbose").stdout
 
 
 def test_dry_run_prints_the_plan_even_when_quiet(api: FakeApi, run: Run) -> None:
@@ -260,7 +364,9 @@ def test_drop_says_which_steps_went(api: FakeApi, run: Run) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["build-store", "extrapolate", "export", "drop"])
+@pytest.mark.parametrize(
+    "name", ["build-store", "extrapolate", "reconstruct", "combine", "export", "drop"]
+)
 def test_quiet_says_nothing_on_success(name: str, run: Run) -> None:
     result = run(*COMMAND_LINES[name], "--quiet")
     assert (result.stdout, result.stderr, result.exit_code) == ("", "", 0)

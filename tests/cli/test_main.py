@@ -215,8 +215,8 @@ def test_json_has_null_for_what_it_cannot_express(api: FakeApi, run: Run) -> Non
     content = document(run(*COMMAND_LINES["extrapolate"], "--json"))
     assert content["median_r2"] is None
     assert content["outputs"][0] == {
-        "target_step": 600,
         "path": "out/step-600",
+        "what": {"target_step": 600, "rank": 1, "damping": 0.5, "anchor": "base"},
         "inside_history": False,
     }
     assert content["figures"][0]["singular_values"] == [0.25, 0.01]

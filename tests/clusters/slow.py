@@ -6,8 +6,8 @@ import time
 import uuid
 from pathlib import Path
 
-from relex_stream.extrapolation import BlockWrite
 from relex_stream.ingest import Ingest
+from relex_stream.model_writes import BlockWrite
 
 _WORK = {stage: stage.work for stage in (Ingest, BlockWrite)}
 

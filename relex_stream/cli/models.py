@@ -1,0 +1,124 @@
+"""What the commands that make models print: their plan, or what they made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relex_stream.cli import report
+from relex_stream.cli.plan import describe_plan
+
+if TYPE_CHECKING:
+    from relex_stream.summaries import ModelsSummary, Output
+
+_MOST_OUTPUTS = 20
+_MOST_WEIGHTS = 8
+
+
+def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
+    """Return the plan of a dry run, or the closing summary."""
+    rows = {"store": summary.store}
+    shown = summary.outputs if verbose else summary.outputs[:_MOST_OUTPUTS]
+    for output in shown:
+        inside = " (inside the history)" if output.inside_history else ""
+        rows[_label(summary, output)] = f"{output.path}{inside}"
+    if len(shown) < len(summary.outputs):
+        rows["..."] = f"and {len(summary.outputs) - len(shown)} more (--verbose lists all)"
+    rows["history"] = report.format_steps(summary.history, full=verbose)
+    rows["method"] = _method(summary)
+    if summary.excluded_tensors:
+        source = summary.settings["excluded_from"]
+        rows["left out"] = (
+            f"{report.format_count(summary.excluded_tensors, 'tensor')}, copied from the "
+            f"{'base' if source == 'base' else 'last checkpoint'}"
+        )
+    if summary.dry_run:
+        plan = describe_plan(summary.plan)
+        return ["dry run: nothing was written", "", *report.pairs(rows), "", *plan]
+
+    rows["tensors"] = f"{summary.tensors:,}, of which {summary.unchanged_tensors:,} never changed"
+    if summary.median_explained_variance is not None:
+        share = report.format_share(summary.median_explained_variance)
+        rows["explained variance"] = f"{share}, median"
+    if summary.median_r2 is not None:
+        rows["R2 of the fit"] = f"{report.format_figure(summary.median_r2)}, median"
+    rows["read"] = report.format_bytes(summary.bytes_read)
+    rows["written"] = report.format_bytes(summary.bytes_written)
+    if summary.plan.devices is not None:
+        rows["devices"] = ", ".join(summary.plan.devices.names)
+    rows["peak memory"] = report.format_bytes(summary.peak_memory_bytes)
+    rows["elapsed"] = report.format_duration(summary.elapsed_s)
+    lines = report.pairs(rows)
+    if weights := _weights(summary, verbose=verbose):
+        lines += ["", *weights]
+    if verbose:
+        lines += ["", *describe_plan(summary.plan), "", *_figures(summary)]
+    return lines
+
+
+def _label(summary: ModelsSummary, output: Output) -> str:
+    """Return what tells an output from the others."""
+    what = output.what
+    if "recipe" in what:
+        return str(what["recipe"])
+    parts = [f"step {what['target_step'] if 'target_step' in what else what['step']}"]
+    for name in ("rank", "damping", "anchor"):
+        if len({str(each.what.get(name)) for each in summary.outputs}) > 1:
+            value = what[name]
+            parts.append(f"{name} {f'{value:g}' if isinstance(value, float) else value}")
+    return ", ".join(parts)
+
+
+def _method(summary: ModelsSummary) -> str:
+    settings = summary.settings
+    if "svd" not in settings:
+        return str(settings["method"])
+    ranks = sorted({output.what["rank"] for output in summary.outputs})
+    parts = [f"rank {', '.join(map(str, ranks))}", f"{settings['svd']} SVD"]
+    if settings["group_by"] != "tensor":
+        parts[0] += f" of each {settings['group_by']}"
+    if settings["svd"] == "randomized":
+        passes = report.format_count(settings["power_iterations"], "power iteration")
+        parts[-1] += f" with {passes}"
+    if settings.get("fit"):
+        parts.append(f"{settings['fit']} fit")
+        if settings.get("window"):
+            parts[-1] += f" of the last {settings['window']} checkpoints"
+        if settings.get("refit_every"):
+            parts[-1] += f", again every {report.format_count(settings['refit_every'], 'step')}"
+    if settings.get("compat"):
+        parts.append("as the scripts of RELEX's authors")
+    return ", ".join(parts)
+
+
+def _weights(summary: ModelsSummary, *, verbose: bool) -> list[str]:
+    """Return a table of the effective weights of combinations."""
+    rows: list[tuple[str, str, str]] = []
+    for output in summary.outputs:
+        steps = dict(output.what.get("weights", {}))
+        if not steps:
+            continue
+        recipe = output.what["recipe"]
+        rows.append((recipe, "base", f"{steps.pop('base'):.6g}"))
+        by_weight = sorted(steps, key=lambda step: -abs(steps[step]))
+        shown = set(by_weight if verbose else by_weight[:_MOST_WEIGHTS])
+        rows += [(recipe, f"step {each}", f"{steps[each]:.6g}") for each in steps if each in shown]
+        if rest := [steps[each] for each in steps if each not in shown]:
+            rows.append((recipe, f"{len(rest)} others", f"{sum(rest):.6g}"))
+    return report.table(("recipe", "checkpoint", "weight"), rows, "llr") if rows else []
+
+
+def _figures(summary: ModelsSummary) -> list[str]:
+    name = summary.settings.get("group_by", "tensor")
+    return report.table(
+        (name, "singular values", "explained variance", "R2"),
+        [
+            (
+                each.name,
+                " ".join(f"{value:.3g}" for value in each.singular_values),
+                report.format_share(each.explained_of()),
+                " ".join(report.format_figure(value) for value in each.r2),
+            )
+            for each in summary.figures
+        ],
+        "lrrr",
+    )
