@@ -18,7 +18,7 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,20 @@ def extrapolation_command(
     out: Path,
     history_steps: int,
     target_steps: Sequence[int],
+    options: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Return the command that predicts from the deltas: rank 1, a line, as in their README.
 
     Without their cache of decompositions, which costs time in a first run. The outputs are
-    ``out/stepN``.
+    ``out/stepN``. `options` are others of theirs, by name.
     """
+    chosen: dict[str, object] = {
+        "rank": 1,
+        "fit_method": "linear",
+        # Otherwise it doubles the steps if the base's path has a certain name in it.
+        "target_step_scaling_factor": 1,
+    }
+    chosen |= options or {}
     return [
         str(python),
         str(script_in(relex, EXTRAPOLATION_SCRIPT)),
@@ -94,12 +102,9 @@ def extrapolation_command(
         f"--delta_dir={deltas}",
         f"--output_dir={out}",
         f"--history_steps={history_steps}",
-        "--rank=1",
-        "--fit_method=linear",
         "--mode=extrapolate",
         f"--target_steps={','.join(map(str, target_steps))}",
-        # Otherwise it doubles the steps if the base's path has a certain name in it.
-        "--target_step_scaling_factor=1",
+        *(f"--{name}={value}" for name, value in chosen.items()),
     ]
 
 
