@@ -17,6 +17,7 @@ COMMANDS = {
     "memory": "Measure peak memory against model size, number of steps and the limit.",
     "scale": "Measure one and two workers, cost against steps and size, and project.",
     "scaling": "Count tasks and bytes of models that do not fit here; run graphs without work.",
+    "answers": "Time what answers from the store alone, at the shape of a large model.",
     "append": "Append the checkpoints of a large model one by one, each deleted after its commit.",
     "codec": "Measure bits per changed weight and speed beside other codecs.",
     "devices": "Measure extrapolation on a GPU: stages of a block, commands, the cost model.",

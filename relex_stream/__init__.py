@@ -16,6 +16,7 @@ from relex_stream._version import __version__
 if TYPE_CHECKING:
     from relex_stream.api import (
         OpenStore,
+        analyze,
         build_store,
         combine,
         drop,
@@ -58,6 +59,7 @@ __all__ = [
     "StoreError",
     "TrajectoryError",
     "__version__",
+    "analyze",
     "build_store",
     "combine",
     "drop",
@@ -72,6 +74,7 @@ __all__ = [
 _HOMES = {
     "relex_stream.api": (
         "OpenStore",
+        "analyze",
         "build_store",
         "combine",
         "drop",

@@ -14,6 +14,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
+from relex_stream import analyzing as _analyzing
 from relex_stream import build as _build
 from relex_stream import exporting as _exporting
 from relex_stream import verification as _verification
@@ -24,6 +25,7 @@ from relex_stream.specs import Progress
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.records import FORMAT_VERSION
 from relex_stream.summaries import (
+    AnalyzeSummary,
     BuildSummary,
     DropSummary,
     ExportSummary,
@@ -38,6 +40,7 @@ AnyPath = str | os.PathLike[str]
 __all__ = [
     "OpenStore",
     "RunArguments",
+    "analyze",
     "build_store",
     "combine",
     "drop",
@@ -411,6 +414,64 @@ def combine(
         excluded_from=excluded_from,
     )
     return make_models(Path(store), Path(out), ask, RunOptions(**run))
+
+
+def analyze(
+    store: AnyPath,
+    *,
+    history_steps: int | None = None,
+    rank: int = 3,
+    fit: str = "linear",
+    window: int | None = None,
+    exact: bool = False,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> AnalyzeSummary:
+    """Say how low-rank and how straight a stored trajectory is, down to single tensors.
+
+    Parameters
+    ----------
+    store : path
+    history_steps : int, optional
+        The subspace is that of the stored steps up to this one, and the later ones show what it is
+        worth; default all.
+    rank : int
+        Components to tell of.
+    fit, window
+        As in `extrapolate`.
+    exact : bool
+        From the weights; else from the sketches and norms in the store, with the standard error
+        beside each figure. Tensors under 65,536 weights, which have no sketch, are exact anyway.
+    base : path, optional
+        The base's directory, when it has moved.
+    memory_limit, workers
+        As in `build_store`.
+
+    Returns
+    -------
+    AnalyzeSummary
+
+    Raises
+    ------
+    FitError, OptionError, MemoryLimitError
+        If the arguments cannot be met.
+    StoreError, CorruptionError, SourceError
+        As in `extrapolate`.
+    """
+    return _analyzing.analyze_store(
+        Path(store),
+        history_steps=history_steps,
+        rank=rank,
+        fit=fit,
+        window=window,
+        exact=exact,
+        base=None if base is None else Path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
 
 
 def export(

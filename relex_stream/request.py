@@ -123,7 +123,7 @@ def check_extrapolation(
             "--step-scale is for --compat relex, which fits over rows; here fits run over the "
             "steps themselves"
         )
-    history = _history(store, history_steps)
+    history = history_of(store, history_steps)
     ranks = _ranks(rank, history)
     selection = _selection(store, include, exclude, excluded_from)
     method = Extrapolation(
@@ -164,7 +164,7 @@ def check_reconstruction(
         Naming the option and what it may be.
     """
     wanted = _distinct("--step", steps)
-    history = _history(store, history_steps)
+    history = history_of(store, history_steps)
     for step in wanted:
         if step not in history:
             raise OptionError(
@@ -195,7 +195,7 @@ def check_combination(
     OptionError
         Naming the option and what it may be.
     """
-    history = _history(store, history_steps)
+    history = history_of(store, history_steps)
     parsed = [parse_recipe(text, history) for text in recipes]
     parsed += [parse_weights(text, history) for text in weights]
     if not parsed:
@@ -239,7 +239,14 @@ def _distinct(option: str, values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _history(store: Store, history_steps: int | None) -> tuple[int, ...]:
+def history_of(store: Store, history_steps: int | None) -> tuple[int, ...]:
+    """Return the stored steps up to one, or all.
+
+    Raises
+    ------
+    FitError
+        If there are none.
+    """
     limit = history_steps if history_steps is not None else max(store.steps, default=0)
     history = tuple(step for step in store.steps if step <= limit)
     if not history:

@@ -428,8 +428,18 @@ def subspace_of_gram(changes_gram: Float64, rank: int) -> Subspace:
     -----
     Singular values below about 1e-7 of the largest are lost in the squares.
     """
+    return subspace_of_deltas(gram_of_deltas(changes_gram), rank)
+
+
+def gram_of_deltas(changes_gram: Float64) -> Float64:
+    """Return ``M M^T`` (T, T), whole, from the lower triangle of ``D D^T``."""
     gram = np.zeros_like(changes_gram)
     _cumulate_gram(changes_gram, gram)
+    return gram + np.tril(gram, -1).T
+
+
+def subspace_of_deltas(gram: Float64, rank: int) -> Subspace:
+    """Return the top left singular vectors of M from ``M M^T`` (T, T)."""
     eigenvalues, vectors = np.linalg.eigh(gram)
     found = _leading(vectors[:, ::-1], eigenvalues[::-1], rank)
     return replace(found, total_sq=float(np.trace(gram)))

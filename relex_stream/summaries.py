@@ -162,6 +162,79 @@ class ModelsSummary:
 
 
 @dataclass(frozen=True)
+class GroupAnalysis:
+    """What `analyze` finds of a tensor, a layer, a module or the model.
+
+    Each ``..._error`` is the standard error of what is beside it, None where that is exact. NaN is
+    where there is nothing to say.
+    """
+
+    name: str
+    tensors: int
+    """That changed."""
+    weights: int
+    """Of those tensors."""
+    delta_norm: float
+    """``|M_t|`` of the last step of the history."""
+    singular_values: tuple[float, ...]
+    singular_values_error: tuple[float, ...] | None
+    explained_variance: tuple[float, ...]
+    """Share of ``|M|^2`` in the first component, the first two, and so on."""
+    explained_variance_error: tuple[float, ...] | None
+    r2: tuple[float, ...]
+    """Of each component's fit, over the steps that it is made from."""
+    r2_error: tuple[float, ...] | None
+    r2_elsewhere: tuple[float, ...]
+    """Of the same fit over the stored steps that it is not made from."""
+    r2_elsewhere_error: tuple[float, ...] | None
+    bend: float
+    """How far the middle of the movement lies above a straight line, as a share of its rise: above
+    0 where it slows down."""
+    bend_error: float | None
+
+
+@dataclass(frozen=True)
+class StepAnalysis:
+    """What `analyze` finds of a stored step."""
+
+    step: int
+    changed_share: float
+    """Of tracked weights, since the step before."""
+    change_norm: float
+    """``|D_t|``."""
+    delta_norm: float
+    """``|M_t|``."""
+    note: str
+    """What is odd about it; empty for most."""
+
+
+@dataclass(frozen=True)
+class AnalyzeSummary:
+    """What `analyze` found, from ``model`` down to single tensors."""
+
+    store: str
+    history: tuple[int, ...]
+    """Steps of the subspace."""
+    rank: int
+    fit: str
+    window: int | None
+    exact: bool
+    """Whether all figures come from the weights, none from sketches."""
+    steps: tuple[StepAnalysis, ...]
+    """All that are stored."""
+    model: GroupAnalysis
+    layers: tuple[GroupAnalysis, ...]
+    modules: tuple[GroupAnalysis, ...]
+    tensors: tuple[GroupAnalysis, ...] = field(repr=False)
+    unchanged_tensors: int
+    left_out_tensors: tuple[str, ...]
+    """Small tensors, which have no sketch, where the base is not there to look them up."""
+    bytes_read: int
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
 class ExportedFile:
     """One file of an export."""
 

@@ -121,6 +121,8 @@ ROOMS = {
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
+    "analysis": Room({"fit", "sketch"}, {"numpy"}, pure=True),
+    "grams": Room(BELOW_STAGES | {"analysis", "subspaces"}, {"numpy"}),
     # What is asked for, as arithmetic and in words.
     "grouping": Room(pure=True),
     "recipes": Room(pure=True),
@@ -130,6 +132,10 @@ ROOMS = {
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
+    "analyzing": Room(
+        BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces", "warmup"},
+        {"numpy"},
+    ),
     "model_writes": Room(
         BELOW_STAGES | {"assemble", "grouping", "offload", "subspaces"}, {"numpy"}
     ),
@@ -143,7 +149,8 @@ ROOMS = {
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
-        BELOW_STAGES | {"build", "exporting", "models", "request", "verification", "opened"},
+        BELOW_STAGES
+        | {"analyzing", "build", "exporting", "models", "request", "verification", "opened"},
         {"numpy"},
     ),
     "demo": Room(

@@ -40,6 +40,10 @@ COMMANDS = {
         "relex_stream.cli.build_store:command",
         "Compress a base model and its checkpoints, or append to a store.",
     ),
+    "analyze": Entry(
+        "relex_stream.cli.analyze:command",
+        "Say how low-rank and how straight a stored trajectory is.",
+    ),
     "extrapolate": Entry(
         "relex_stream.cli.extrapolate:command",
         "Predict the weights of later steps.",

@@ -250,7 +250,7 @@ _group_by = click.option(
     "layer, each module (the same tensor of all layers), or the whole model.",
 )
 
-_fit = click.option(
+fit = click.option(
     "--fit",
     default="linear",
     show_default=True,
@@ -259,7 +259,7 @@ _fit = click.option(
     "degree) or sinusoid.",
 )
 
-_window = click.option(
+window = click.option(
     "--window",
     type=click.IntRange(min=1),
     metavar="W",
@@ -269,7 +269,7 @@ _window = click.option(
 
 def subspace(function: Function) -> Function:
     """Add the options of subspaces and of fits in them."""
-    for option in (_window, _fit, _group_by, _power_iterations, _svd, _rank, history_steps):
+    for option in (window, fit, _group_by, _power_iterations, _svd, _rank, history_steps):
         function = option(function)
     return function
 

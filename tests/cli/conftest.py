@@ -18,14 +18,17 @@ from relex_stream.cli.main import cli
 from relex_stream.errors import RelexStreamWarning
 from relex_stream.specs import Progress
 from relex_stream.summaries import (
+    AnalyzeSummary,
     BuildSummary,
     DropSummary,
     ExportedFile,
     ExportSummary,
+    GroupAnalysis,
     ModelsSummary,
     Output,
     Plan,
     StagePlan,
+    StepAnalysis,
     StepInfo,
     StoreInfo,
     SubspaceFigures,
@@ -131,6 +134,53 @@ COMBINE = dataclasses.replace(
     figures=(),
 )
 
+
+def group_analysis(name: str, *, estimated: bool) -> GroupAnalysis:
+    """Return figures of two components, the second of which is not there."""
+
+    def errors(size: float) -> tuple[float, ...] | None:
+        return (size, float("nan")) if estimated else None
+
+    return GroupAnalysis(
+        name=name,
+        tensors=3,
+        weights=81_000,
+        delta_norm=0.125,
+        singular_values=(2.0, float("nan")),
+        singular_values_error=errors(0.1),
+        explained_variance=(0.875, 0.875),
+        explained_variance_error=(0.015, 0.0) if estimated else None,
+        r2=(0.987, float("nan")),
+        r2_error=errors(0.004),
+        r2_elsewhere=(-11.25, float("nan")),
+        r2_elsewhere_error=errors(0.5),
+        bend=-0.0625,
+        bend_error=0.03 if estimated else None,
+    )
+
+
+ANALYZE = AnalyzeSummary(
+    store="run.store",
+    history=tuple(range(10, 510, 10)),
+    rank=2,
+    fit="linear",
+    window=None,
+    exact=False,
+    steps=(
+        StepAnalysis(10, 0.0048, 0.01, 0.01, ""),
+        StepAnalysis(20, 0.0, 0.0, 0.01, "has the weights of step 10"),
+    ),
+    model=group_analysis("model", estimated=True),
+    layers=(group_analysis("model.layers.0", estimated=True),),
+    modules=(group_analysis("model.layers.*.norm", estimated=False),),
+    tensors=(group_analysis("a\x1b[2J", estimated=False),),
+    unchanged_tensors=12,
+    left_out_tensors=(),
+    bytes_read=0,
+    peak_memory_bytes=170 * MIB,
+    elapsed_s=1.5,
+)
+
 EXPORT = ExportSummary(
     store="run.store",
     step=10,
@@ -172,6 +222,7 @@ class FakeApi(types.ModuleType):
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.results: dict[str, Any] = {
             "build_store": BUILD,
+            "analyze": ANALYZE,
             "extrapolate": EXTRAPOLATE,
             "reconstruct": RECONSTRUCT,
             "combine": COMBINE,
@@ -217,6 +268,9 @@ class FakeApi(types.ModuleType):
         progress: Progress | None = None,
     ) -> BuildSummary:
         return self._run("build_store", locals())
+
+    def analyze(self, store: Path, **asked: Any) -> AnalyzeSummary:
+        return self._run("analyze", {"self": self, "store": store, **asked})
 
     def extrapolate(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
         return self._run("extrapolate", {"self": self, "store": store, "out": out, **asked})
@@ -284,6 +338,7 @@ def run(api: FakeApi) -> Run:
 
 COMMAND_LINES = {
     "build-store": ("build-store", "base", "checkpoints", "run.store"),
+    "analyze": ("analyze", "run.store"),
     "extrapolate": ("extrapolate", "run.store", "out", "--target-step", "600"),
     "reconstruct": ("reconstruct", "run.store", "out", "--step", "10"),
     "combine": ("combine", "run.store", "out", "--recipe", "ema:decay=0.5"),

@@ -139,6 +139,27 @@ def test_combine_passes_every_option(api: FakeApi, run: Run) -> None:
     assert api.calls == [("combine", expected)]
 
 
+def test_analyze_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("analyze", "run.store", "--history-steps", "40", "--rank", "2", "--fit", "polynomial:2"),
+        *("--window", "7", "--exact", "--by", "tensor", "--base", "b", "--memory-limit", "8GB"),
+        *("--workers", "2"),
+    )
+    assert result.exit_code == 0, result.stderr
+    expected = {
+        "store": Path("run.store"),
+        "history_steps": 40,
+        "rank": 2,
+        "fit": "polynomial:2",
+        "window": 7,
+        "exact": True,
+        "base": Path("b"),
+        "memory_limit": 8_000_000_000,
+        "workers": 2,
+    }
+    assert api.calls == [("analyze", expected)]
+
+
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("export", "run.store", "out", "--step", "0", "--base", "b"),
@@ -241,6 +262,30 @@ def test_extrapolate_summary(run: Run) -> None:
     assert "290, of which 12 never changed" in output
     assert "explained variance  87.1 %, median\n" in output
     assert "R2 of the fit       -, median\n" in output
+
+
+def test_analyze_prints_figures_with_their_errors(run: Run) -> None:
+    output = run(*COMMAND_LINES["analyze"]).stdout
+    assert "rank 1        explains 87.5 % +- 1.5 of all movement\n" in output
+    assert "R2            0.987 +- 0.004, linear fit of the first component\n" in output
+    assert "R2 elsewhere  -11.250 +- 0.500, at stored steps" in output
+    assert "bend          -0.062 +- 0.030: the movement speeds up\n" in output
+    assert "  20  has the weights of step 10\n" in output
+    module, layer = output.partition("module ")[2].split("layer ")
+    assert "87.5 % 87.5 %" in module
+    assert "+-" not in module
+    assert "87.5 % +- 1.5 87.5 % +- 0.0" in layer
+    assert "tensor  " not in output
+    assert "nan" not in output
+
+
+def test_analyze_lists_what_is_asked_for(run: Run) -> None:
+    output = run(*COMMAND_LINES["analyze"], "--by", "tensor", "--by", "tensor").stdout
+    assert output.count("a\\x1b[2J") == 1
+    assert "module" not in output
+    assert "0.48 %" not in output
+    verbose = run(*COMMAND_LINES["analyze"], "-v").stdout
+    assert "  10   0.48 %         0.01           0.01\n" in verbose
 
 
 def test_what_models_are_told_apart_by_is_named(api: FakeApi, run: Run) -> None:

@@ -1,0 +1,304 @@
+"""From a store to what its trajectory looks like: Gram matrices, their sums, their figures."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relex_stream import machine, planner
+from relex_stream.analysis import REPLICATES, Described, Describer, suspicious_steps
+from relex_stream.base_weights import open_base
+from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
+from relex_stream.blocks import float_pairs, model_shape
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
+from relex_stream.fit import Fit
+from relex_stream.grams import GRAMS_BYTES, TensorGram, estimated_grams, exact_grams, is_estimated
+from relex_stream.graph import Threads
+from relex_stream.grouping import group_name
+from relex_stream.request import history_of
+from relex_stream.sources import CheckpointReader
+from relex_stream.specs import NoProgress, Progress
+from relex_stream.store import Store
+from relex_stream.store.records import StoredTensor
+from relex_stream.subspaces import changed_tensors
+from relex_stream.summaries import AnalyzeSummary, GroupAnalysis, StagePlan, StepAnalysis
+from relex_stream.warmup import warm_up_extrapolation
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass
+class GramSum:
+    """The sum of some tensors' Gram matrices.
+
+    Attributes
+    ----------
+    with_errors : bool
+        Whether replicates are summed too.
+    """
+
+    with_errors: bool
+    tensors: int = 0
+    weights: int = 0
+    gram: Float64 = field(default_factory=lambda: np.zeros((0, 0)))
+    replicates: Float64 | None = None
+
+    def add(self, found: TensorGram) -> None:
+        """Take a tensor in."""
+        if not self.tensors:
+            self.gram = np.zeros_like(found.gram)
+        self.tensors += 1
+        self.weights += found.tensor.elements
+        if self.with_errors:
+            if self.replicates is None and found.replicates is not None:
+                # So far all were exact: the same in every replicate.
+                self.replicates = np.repeat(self.gram[None], REPLICATES, axis=0)
+            if self.replicates is not None:
+                self.replicates += found.gram if found.replicates is None else found.replicates
+        self.gram += found.gram
+
+
+def analyze_store(
+    store_path: Path,
+    *,
+    history_steps: int | None,
+    rank: int,
+    fit: str,
+    window: int | None,
+    exact: bool,
+    base: Path | None,
+    memory_limit: int | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> AnalyzeSummary:
+    """Analyze; `relex_stream.api.analyze` says what the arguments are."""
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    executor = Threads(workers, memory_limit)
+    store = Store(store_path)
+    history = history_of(store, history_steps)
+    if not 1 <= rank <= len(history):
+        raise OptionError(
+            f"--rank must be from 1 to the number of checkpoints in the history "
+            f"({len(history)}), not {rank}"
+        )
+    rows = len(store.steps)
+    describer = Describer(store.steps, len(history), rank, Fit(fit, window))
+    reading = _Reading(store, exact, base, executor, progress)
+    plan = reading.plan()
+    sums = _Sums(plan.with_errors)
+    tensors: list[GroupAnalysis] = []
+    for found in reading.grams(plan.workers):
+        described = describer.describe(found.gram, found.replicates)
+        alone = GramSum(
+            with_errors=False, tensors=1, weights=found.tensor.elements, gram=found.gram
+        )
+        tensors.append(_group(found.tensor.name, alone, described, len(history)))
+        sums.add(found)
+    names = {tensor.name: tensor.index for tensor in store.manifest.tensors}
+    described_sums = {
+        grouping: tuple(
+            _group(name, each, describer.describe(each.gram, each.replicates), len(history))
+            for name, each in groups.items()
+        )
+        for grouping, groups in sums.groups.items()
+    }
+    model = described_sums["model"]
+    if not model:
+        raise OptionError(
+            f"no step of {store.path} changed any weight; there is nothing to analyze"
+        )
+    changed = len(changed_tensors(store, rows))
+    return AnalyzeSummary(
+        store=str(store.path),
+        history=history,
+        rank=rank,
+        fit=fit,
+        window=window,
+        exact=all(not is_estimated(t, exact=exact) for t in changed_tensors(store, rows)),
+        steps=tuple(_steps(store, sums.groups["model"]["model"].gram)),
+        model=model[0],
+        layers=described_sums["layer"],
+        modules=described_sums["module"],
+        tensors=tuple(sorted(tensors, key=lambda each: names[each.name])),
+        unchanged_tensors=sum(t.kind == "tracked" for t in store.manifest.tensors) - changed,
+        left_out_tensors=reading.left_out,
+        bytes_read=plan.bytes_read,
+        peak_memory_bytes=machine.peak_bytes(),
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+class _Sums:
+    """Gram matrices summed by layer, by module and over the model."""
+
+    def __init__(self, with_errors: Mapping[str, bool]) -> None:
+        self._with_errors = with_errors
+        self.groups: dict[str, dict[str, GramSum]] = {name: {} for name in with_errors}
+
+    def add(self, found: TensorGram) -> None:
+        for grouping, groups in self.groups.items():
+            name = group_name(found.tensor.name, grouping)
+            groups.setdefault(name, GramSum(self._with_errors[grouping])).add(found)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    workers: int
+    bytes_read: int
+    with_errors: dict[str, bool]
+    """By grouping: whether there is room for replicates."""
+
+
+class _Reading:
+    """Where the Gram matrices come from, and what that takes."""
+
+    def __init__(
+        self,
+        store: Store,
+        exact: bool,  # noqa: FBT001
+        base: Path | None,
+        executor: Threads,
+        progress: Progress,
+    ) -> None:
+        self._store = store
+        self._exact = exact
+        self._base = base
+        self._executor = executor
+        self._progress = progress
+        self._rows = len(store.steps)
+        self.left_out: tuple[str, ...] = ()
+        changed = changed_tensors(store, self._rows)
+        self._changed = changed
+        self._looked_up = [each for each in changed if not is_estimated(each, exact=exact)]
+
+    def plan(self) -> _Plan:
+        """Project the memory, and say what there is room for.
+
+        Raises
+        ------
+        MemoryLimitError
+            If it does not fit.
+        """
+        store, rows = self._store, self._rows
+        pairs = float_pairs(store.manifest.tensors)
+        if self._looked_up:
+            capacity = self._executor.prepare(warm_up_extrapolation, pairs, self._progress)
+        else:
+            capacity = self._executor.prepare(_nothing, pairs, self._progress)
+        shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
+        bytes_read = sum(
+            tensor.elements * tensor.base_itemsize
+            + int(store.frame_bytes[:, _columns(tensor)].sum(dtype=np.int64))
+            for tensor in self._looked_up
+        )
+        worker_bytes = (
+            planner.gram_worker_bytes(shape, DEFAULT_ENTRY_CAPACITY, rows) if self._looked_up else 0
+        )
+        stage = StagePlan("Gram matrices", shape.blocks, bytes_read, 0, worker_bytes)
+        gram = 8 * rows * rows
+        groups = {
+            grouping: len({group_name(each.name, grouping) for each in self._changed})
+            for grouping in ("model", "layer", "module")
+        }
+        # A tensor's own, with replicates and what they are made in, and those of a batch.
+        shared = planner.tables_bytes(shape, rows) + gram * (sum(groups.values()) + 24)
+        shared += max(GRAMS_BYTES, gram) if self._looked_up else 0
+        with_errors = dict.fromkeys(groups, False)
+        plan = planner.make_plan([stage], capacity, shared_bytes=shared)
+        room = plan.memory_limit_bytes - plan.projected_bytes
+        for grouping, count in groups.items():
+            needed = REPLICATES * gram * count
+            with_errors[grouping] = needed <= room
+            room -= needed if with_errors[grouping] else 0
+        return _Plan(plan.workers, bytes_read, with_errors)
+
+    def grams(self, workers: int) -> Iterator[TensorGram]:
+        """Yield the Gram matrix of every tensor that changed."""
+        estimated = iter(()) if self._exact else estimated_grams(self._store, self._rows)
+        return chain(estimated, self._looked_up_grams(workers))
+
+    def _looked_up_grams(self, workers: int) -> Iterator[TensorGram]:
+        if not self._looked_up:
+            return
+        with CheckpointReader() as reader:
+            try:
+                weights = open_base(self._store, self._base, reader)
+            except SourceError as error:
+                if self._exact or self._base is not None:
+                    raise
+                self.left_out = tuple(tensor.name for tensor in self._looked_up)
+                warnings.warn(
+                    f"{len(self.left_out)} small tensors, which have no sketch, are left out: "
+                    f"{error}",
+                    RelexStreamWarning,
+                    stacklevel=2,
+                )
+                return
+            yield from exact_grams(
+                self._store,
+                weights,
+                self._rows,
+                every=self._exact,
+                executor=self._executor,
+                workers=workers,
+                progress=self._progress,
+                entry_capacity=DEFAULT_ENTRY_CAPACITY,
+            )
+
+
+def _nothing(_pairs: object, _progress: Progress) -> None:
+    """Prepare no kernels: none are needed."""
+
+
+def _columns(tensor: StoredTensor) -> slice:
+    return slice(tensor.first_block, tensor.first_block + tensor.blocks)
+
+
+def _group(name: str, summed: GramSum, described: Described, rows: int) -> GroupAnalysis:
+    figures, errors = described.figures, described.errors
+
+    def numbers(of: Float64 | None) -> tuple[float, ...]:
+        return () if of is None else tuple(of.tolist())
+
+    return GroupAnalysis(
+        name=name,
+        tensors=summed.tensors,
+        weights=summed.weights,
+        delta_norm=math.sqrt(max(0.0, float(summed.gram[rows - 1, rows - 1]))),
+        singular_values=numbers(figures.singular_values),
+        singular_values_error=None if errors is None else numbers(errors.singular_values),
+        explained_variance=numbers(figures.explained_variance),
+        explained_variance_error=None if errors is None else numbers(errors.explained_variance),
+        r2=numbers(figures.r2),
+        r2_error=None if errors is None else numbers(errors.r2),
+        r2_elsewhere=numbers(figures.r2_elsewhere),
+        r2_elsewhere_error=None if errors is None else numbers(errors.r2_elsewhere),
+        bend=figures.bend,
+        bend_error=None if errors is None else errors.bend,
+    )
+
+
+def _steps(store: Store, gram: Float64) -> Iterator[StepAnalysis]:
+    tracked = [tensor for tensor in store.manifest.tensors if tensor.kind == "tracked"]
+    weights = sum(tensor.elements for tensor in tracked)
+    changed = store.changed.sum(axis=1, dtype=np.int64)
+    deltas = store.delta_sq.sum(axis=1)
+    changes = np.array([float(store.commit(row).change_sq.sum()) for row in range(len(changed))])
+    notes = suspicious_steps(store.steps, changes, gram)
+    for row, step in enumerate(store.steps):
+        yield StepAnalysis(
+            step=step,
+            changed_share=int(changed[row]) / max(1, weights),
+            change_norm=math.sqrt(changes[row]),
+            delta_norm=math.sqrt(deltas[row]),
+            note=notes.get(step, ""),
+        )
