@@ -33,7 +33,7 @@ from relex_stream.demo.task import Split, greedy_solved
 RUNS = {
     "addition": Settings(stored_steps="1:120"),
     "addition-seed1": Settings(seed=1),
-    "addition-fast": Settings(seed=2, learning_rate=2e-5),
+    "addition-fast": Settings(seed=7, learning_rate=2e-5),
     "addition-wide": Settings(
         seed=3,
         hidden_size=160,
@@ -49,7 +49,9 @@ RUNS = {
         problems_per_step=128,
         learning_rate=1.5e-5,
     ),
-    "product": Settings(task="product", seed=5, problems_per_step=128, learning_rate=1.2e-5),
+    "product": Settings(
+        task="product", seed=5, steps=160, stored_steps="4:160:4", learning_rate=2e-5
+    ),
     "brackets": Settings(
         task="brackets",
         seed=6,

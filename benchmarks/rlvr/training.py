@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import click
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -119,6 +120,8 @@ def supervise(model: Qwen2ForCausalLM, tokenizer: Any, settings: Settings) -> in
         _descend(model, optimizer, loss, learning_rate, norm_limit=1.0)
         if step % 5 == 0:
             accuracy = float(solved(model, tokenizer, validation).mean())
+            if step % 100 == 0:
+                click.echo(f"supervised step {step}: validation {accuracy:.3f}")
             if accuracy >= settings.supervised_target:
                 return step
     raise BenchmarkError(
