@@ -11,7 +11,17 @@ extrapolation of it was seen, for a size nearer to 0.3 million weights and a rat
 large models; it rises from 0.50 to 0.58 and is the one that is shipped. So the demonstration shows
 one run where the method works; the other two say that it need not.
 
-The other runs were set without looking at any extrapolation of theirs.
+The other runs were set without looking at any extrapolation of theirs: by how quickly the examples
+bring a base to about a half, and by whether the accuracy on the validation split then rises by some
+0.06 or more. The held-out accuracy is measured when a run has ended. Each task was tried with 30
+steps at width 64 or 96, 128 problems and a rate of 1e-5, under other seeds. What was dropped:
+``product`` with 128 problems a step and 1.2e-5 rose by 0.04 only, in 120 steps. ``addition-fast``
+with seed 2 stayed at 0.12, ``addition-wide`` with width 160, deviation 0.1, supervised rate 3e-3
+and seed 3 at 0.08, after 1,000 supervised steps; with half that rate and a smaller deviation a wide
+model learns. That run is 144 wide, has half the rate of ``addition`` and keeps every sixth step, so
+that its store stays small. Sorting and brackets have a supervised rate of 1e-3 because at 3e-3 the
+accuracy passed the target in leaps. The record of a run is of the first time that it ran to the end
+with these settings.
 """
 
 from __future__ import annotations
@@ -35,12 +45,14 @@ RUNS = {
     "addition-seed1": Settings(seed=1),
     "addition-fast": Settings(seed=7, learning_rate=2e-5),
     "addition-wide": Settings(
-        seed=3,
-        hidden_size=160,
+        seed=8,
+        hidden_size=144,
         intermediate_size=320,
-        initial_deviation=0.1,
+        initial_deviation=0.085,
+        supervised_learning_rate=1.5e-3,
+        stored_steps="6:120:6",
         problems_per_step=128,
-        stored_steps="4:120:4",
+        learning_rate=4e-6,
     ),
     "sorting": Settings(
         task="sorting",
