@@ -7,7 +7,7 @@ held-out problems. The runs that are committed here serve to study when extrapol
 
 `main` is the command. `runs` has the named runs, how they were tuned, and what reads a committed
 one; `recording` makes a run, `training` teaches, `checkpoints` rounds and saves, `tasks` asks and
-verifies.
+verifies, `settings` lists what decides the course of a run.
 """
 
 from benchmarks.rlvr.main import command
