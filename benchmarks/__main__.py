@@ -21,6 +21,7 @@ COMMANDS = {
     "append": "Append the checkpoints of a large model one by one, each deleted after its commit.",
     "codec": "Measure bits per changed weight and speed beside other codecs.",
     "devices": "Measure extrapolation on a GPU: stages of a block, commands, the cost model.",
+    "rlvr": "Train a small model by verifiable rewards; keep a checkpoint per step in a store.",
     "pictures": "Draw a report, or what a store takes.",
 }
 """Each is `command` in the module or package of the same name."""

@@ -1,7 +1,7 @@
 """The demonstration: the main job on a real trajectory, and what the models it makes are worth.
 
 The shipped store holds every step of a small reinforcement-learning run
-(``benchmarks/rlvr_trajectory.py``). The demonstration takes the first checkpoints out of it as a
+(``addition`` of ``benchmarks/rlvr``). The demonstration takes the first checkpoints out of it as a
 user would find them on disk, builds a store from those alone, extrapolates, and measures the
 accuracy of every model on problems that no training saw, beside the true later checkpoints.
 """

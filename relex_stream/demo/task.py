@@ -9,6 +9,9 @@ ever, whatever the seed, and ``345+678`` is in the same split as ``678+345``. No
 either order, is ever trained on. Supervised and reinforcement learning draw from ``train``;
 settings are chosen on ``validation``; published accuracies come from ``held-out``.
 
+What completes, decodes and counts here asks of a problem only what `Verifiable` says, so that other
+tasks of fixed lengths can be put to it.
+
 Importing this module loads neither torch nor transformers; the functions that need them do.
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +33,36 @@ Split = Literal["train", "validation", "held-out"]
 
 OPERAND_DIGITS = 3
 ANSWER_DIGITS = OPERAND_DIGITS + 1
+SYMBOLS = "0123456789+="
+"""The characters of prompts and answers."""
 # Beginning of sequence, two operands, "+" and "=".
 PROMPT_TOKENS = 2 * OPERAND_DIGITS + 3
 # The answer and the end-of-sequence token after it.
 COMPLETION_TOKENS = ANSWER_DIGITS + 1
 
-PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
-VOCABULARY = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, *"0123456789", "+", "=")
+PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+"""Their identifiers are 0, 1 and 2; those of a task's characters follow."""
 
 # The message's content is the prompt: a template that adds words would leave the vocabulary.
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 # Hash buckets out of ten; all others are `train`.
 _HELD_OUT_BUCKET, _VALIDATION_BUCKET, _BUCKETS = 0, 1, 10
+
+
+class Verifiable(Protocol):
+    """A problem whose completions can be verified; within a task, all lengths are the same."""
+
+    @property
+    def prompt(self) -> str:
+        """The text the model continues."""
+
+    @property
+    def answer(self) -> str:
+        """A right completion."""
+
+    def solved_by(self, completion: str) -> bool:
+        """Verify the model's text up to, and without, the end-of-sequence token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +94,11 @@ class Problem:
         """The only right completion, units first, padded with zeros."""
         return f"{self.left + self.right:0{ANSWER_DIGITS}}"[::-1]
 
+    def solved_by(self, completion: str) -> bool:
+        """Verify by integer arithmetic that every digit is right and nothing else was written."""
+        well_formed = len(completion) == ANSWER_DIGITS and set(completion) <= set("0123456789")
+        return well_formed and int(completion[::-1]) == self.left + self.right
+
 
 def split_of(problem: Problem) -> Split:
     """Return the split to which a problem belongs.
@@ -92,7 +117,30 @@ def split_of(problem: Problem) -> Split:
     >>> split_of(Problem(345, 678)) == split_of(Problem(678, 345))
     True
     """
-    return _split_of_bucket(int(_buckets(np.array([[problem.left, problem.right]]))[0]))
+    return splits_of_keys(_keys(np.array([[problem.left, problem.right]])))[0]
+
+
+def splits_of_keys(keys: NDArray[np.uint64]) -> list[Split]:
+    """Return the split of each key: a tenth is held out, a tenth is for validation.
+
+    Parameters
+    ----------
+    keys : numpy.ndarray of uint64, shape (n,)
+        One number for everything that must never be in two splits.
+
+    Returns
+    -------
+    list of {"train", "validation", "held-out"}
+
+    Notes
+    -----
+    The hash is splitmix64 (Steele, Lea and Flood, 2014).
+    """
+    mixed = keys + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    buckets: NDArray[np.uint64] = (mixed ^ (mixed >> np.uint64(31))) % np.uint64(_BUCKETS)
+    return [_split_of_bucket(bucket) for bucket in buckets.tolist()]
 
 
 def draw_problems(split: Split, count: int, *, seed: int | Sequence[int] = 0) -> list[Problem]:
@@ -122,24 +170,30 @@ def draw_problems(split: Split, count: int, *, seed: int | Sequence[int] = 0) ->
     >>> [problem.prompt for problem in draw_problems("held-out", 2)]
     ['175+813=', '970+729=']
     """
-    if split not in get_args(Split):
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(get_args(Split))}")
+    check_split(split)
     random = np.random.Generator(np.random.PCG64(seed))
     drawn: list[Problem] = []
     while len(drawn) < count:
         pairs = random.integers(10**OPERAND_DIGITS, size=(4096, 2))
-        for (left, right), bucket in zip(pairs.tolist(), _buckets(pairs).tolist(), strict=True):
-            if _split_of_bucket(bucket) == split:
+        splits = splits_of_keys(_keys(pairs))
+        for (left, right), its_split in zip(pairs.tolist(), splits, strict=True):
+            if its_split == split:
                 drawn.append(Problem(left, right))
     return drawn[:count]
 
 
-def reward(problem: Problem, completion: str) -> float:
-    """Verify a completion by integer arithmetic.
+def check_split(split: str) -> None:
+    """Raise ValueError if there is no such split."""
+    if split not in get_args(Split):
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(get_args(Split))}")
+
+
+def reward(problem: Verifiable, completion: str) -> float:
+    """Return the reward of a completion.
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or other Verifiable
         What was asked.
     completion : str
         The model's text up to, and without, the end-of-sequence token.
@@ -147,19 +201,27 @@ def reward(problem: Problem, completion: str) -> float:
     Returns
     -------
     float
-        1 if every digit is right and nothing else was written, otherwise 0.
+        1 if the problem is solved, otherwise 0.
 
     Examples
     --------
     >>> reward(Problem(345, 678), "3201"), reward(Problem(345, 678), "1023")
     (1.0, 0.0)
     """
-    well_formed = len(completion) == ANSWER_DIGITS and set(completion) <= set("0123456789")
-    return float(well_formed and int(completion[::-1]) == problem.left + problem.right)
+    return float(problem.solved_by(completion))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the task's tokenizer: one token per character, three special tokens.
+def build_tokenizer(
+    symbols: str = SYMBOLS, *, longest: int = PROMPT_TOKENS + COMPLETION_TOKENS
+) -> PreTrainedTokenizerFast:
+    """Return a task's tokenizer: one token per character, three special tokens.
+
+    Parameters
+    ----------
+    symbols : str
+        The task's characters, in the order of their identifiers.
+    longest : int
+        Tokens of a prompt with its completion.
 
     Returns
     -------
@@ -169,7 +231,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    identifiers = {token: identifier for identifier, token in enumerate(VOCABULARY)}
+    identifiers = {token: identifier for identifier, token in enumerate(vocabulary(symbols))}
     # A character outside the vocabulary becomes padding; a separate unknown token would be a
     # row of the embedding that no text of this task ever trains.
     tokenizer = Tokenizer(models.WordLevel(identifiers, unk_token=PAD_TOKEN))
@@ -187,14 +249,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=PAD_TOKEN,
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
-        model_max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+        model_max_length=longest,
     )
+
+
+def vocabulary(symbols: str = SYMBOLS) -> tuple[str, ...]:
+    """Return the tokens of a task with these characters, in the order of their identifiers."""
+    return (*SPECIAL_TOKENS, *symbols)
 
 
 def complete(
     model: Any,
     prompts: torch.Tensor,
     *,
+    length: int = COMPLETION_TOKENS,
     samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
@@ -204,8 +272,10 @@ def complete(
     ----------
     model : transformers causal language model
         In evaluation mode, or without dropout.
-    prompts : torch.Tensor, shape (n, PROMPT_TOKENS), int64
+    prompts : torch.Tensor, shape (n, prompt tokens), int64
         Token identifiers.
+    length : int
+        Tokens per completion.
     samples : int
         Completions per prompt; they share the prompt's keys and values.
     generator : torch.Generator, optional
@@ -213,7 +283,7 @@ def complete(
 
     Returns
     -------
-    torch.Tensor, shape (n * samples, COMPLETION_TOKENS), int64
+    torch.Tensor, shape (n * samples, length), int64
         Completions of one prompt are adjacent. What follows an end-of-sequence token is
         meaningless.
     """
@@ -231,7 +301,7 @@ def complete(
             else:
                 odds = logits.float().softmax(dim=-1)
                 tokens.append(torch.multinomial(odds, 1, generator=generator))
-            if len(tokens) == COMPLETION_TOKENS:
+            if len(tokens) == length:
                 return torch.cat(tokens, dim=1)
             output = model(tokens[-1], past_key_values=cache, use_cache=True)
             logits = output.logits[:, -1]
@@ -244,7 +314,7 @@ def completion_texts(tokenizer: Any, completions: torch.Tensor) -> list[str]:
     ----------
     tokenizer : PreTrainedTokenizerFast
         As `build_tokenizer` makes it.
-    completions : torch.Tensor, shape (n, COMPLETION_TOKENS), int64
+    completions : torch.Tensor, shape (n, length), int64
         As `complete` returns them.
 
     Returns
@@ -257,7 +327,7 @@ def completion_texts(tokenizer: Any, completions: torch.Tensor) -> list[str]:
 
 
 def greedy_solved(
-    model_directory: str | Path, problems: Sequence[Problem], *, batch_size: int = 1000
+    model_directory: str | Path, problems: Sequence[Verifiable], *, batch_size: int = 1000
 ) -> NDArray[np.bool_]:
     """Return which problems a saved model solves by greedy decoding.
 
@@ -265,8 +335,8 @@ def greedy_solved(
     ----------
     model_directory : str or Path
         Weights, config and tokenizer as transformers reads them.
-    problems : sequence of Problem
-        Usually ``draw_problems("held-out", 2000)``.
+    problems : sequence of Problem or other Verifiable
+        Of one task; usually ``draw_problems("held-out", 2000)``.
     batch_size : int
         Problems decoded together.
 
@@ -292,7 +362,7 @@ def greedy_solved(
 
 
 def solved(
-    model: Any, tokenizer: Any, problems: Sequence[Problem], *, batch_size: int = 1000
+    model: Any, tokenizer: Any, problems: Sequence[Verifiable], *, batch_size: int = 1000
 ) -> NDArray[np.bool_]:
     """Return which problems a loaded model solves by greedy decoding.
 
@@ -302,8 +372,8 @@ def solved(
         In evaluation mode, or without dropout.
     tokenizer : PreTrainedTokenizerFast
         As `build_tokenizer` makes it.
-    problems : sequence of Problem
-        At least one.
+    problems : sequence of Problem or other Verifiable
+        At least one, all of one task.
     batch_size : int
         Problems decoded together.
 
@@ -312,16 +382,17 @@ def solved(
     ndarray of bool, shape (n,)
     """
     rewards: list[float] = []
+    length = len(problems[0].answer) + 1  # with the end-of-sequence token
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         prompts = tokenizer([problem.prompt for problem in batch], return_tensors="pt").input_ids
-        texts = completion_texts(tokenizer, complete(model, prompts))
+        texts = completion_texts(tokenizer, complete(model, prompts, length=length))
         rewards.extend(map(reward, batch, texts))
     return np.array(rewards) > 0
 
 
-def _buckets(pairs: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the hash bucket of each operand pair, the same for both orders of a pair.
+def _keys(pairs: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return a number for each operand pair, the same for both orders of a pair.
 
     Parameters
     ----------
@@ -331,14 +402,10 @@ def _buckets(pairs: NDArray[np.int64]) -> NDArray[np.uint64]:
     Returns
     -------
     numpy.ndarray, shape (n,)
-        From 0 to 9. splitmix64 (Steele, Lea and Flood, 2014) of the sorted pair.
     """
     low, high = np.sort(pairs, axis=1).astype(np.uint64).T
-    mixed = (low * np.uint64(10**OPERAND_DIGITS) + high) + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    buckets: NDArray[np.uint64] = (mixed ^ (mixed >> np.uint64(31))) % np.uint64(_BUCKETS)
-    return buckets
+    keys: NDArray[np.uint64] = low * np.uint64(10**OPERAND_DIGITS) + high
+    return keys
 
 
 def _split_of_bucket(bucket: int) -> Split:

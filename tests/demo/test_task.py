@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
-from relex_stream.demo.task import Problem, draw_problems, reward, split_of
+import numpy as np
+
+import relex_stream as rs
+from relex_stream.demo.run import TRAJECTORY
+from relex_stream.demo.task import (
+    Problem,
+    draw_problems,
+    reward,
+    split_of,
+    splits_of_keys,
+    vocabulary,
+)
 
 
 def test_the_answer_is_the_sum_written_backwards() -> None:
@@ -25,6 +38,18 @@ def test_nothing_held_out_is_trained_on_in_either_order() -> None:
 def test_problems_are_the_same_every_time_and_differ_by_seed() -> None:
     assert draw_problems("held-out", 50) == draw_problems("held-out", 50)
     assert draw_problems("train", 50, seed=1) != draw_problems("train", 50, seed=2)
+
+
+def test_a_tenth_is_held_out_and_a_tenth_validates() -> None:
+    splits = splits_of_keys(np.arange(100_000, dtype=np.uint64))
+    assert abs(splits.count("held-out") - 10_000) < 500
+    assert abs(splits.count("validation") - 10_000) < 500
+
+
+def test_the_shipped_tokenizer_knows_the_tasks_characters(tmp_path: Path) -> None:
+    rs.export(TRAJECTORY, tmp_path / "base", step=0)
+    shipped = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    assert shipped["model"]["vocab"] == {token: at for at, token in enumerate(vocabulary())}
 
 
 def test_importing_the_task_loads_no_torch() -> None:
