@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from relex_stream.api import (
         OpenStore,
         analyze,
+        backtest,
         build_store,
         combine,
         drop,
@@ -60,6 +61,7 @@ __all__ = [
     "TrajectoryError",
     "__version__",
     "analyze",
+    "backtest",
     "build_store",
     "combine",
     "drop",
@@ -75,6 +77,7 @@ _HOMES = {
     "relex_stream.api": (
         "OpenStore",
         "analyze",
+        "backtest",
         "build_store",
         "combine",
         "drop",

@@ -73,6 +73,17 @@ def jackknife(figures: Float64) -> Float64:
     return error
 
 
+def nearby_subspace(gram: Float64, vectors: Float64) -> tuple[Float64, Float64]:
+    """Return the singular vectors and values of a replicate, from the vectors of the whole.
+
+    One power step and Rayleigh-Ritz: right to second order in the difference, for a tenth of an
+    eigendecomposition.
+    """
+    basis = np.linalg.qr(gram @ vectors)[0]
+    values, turned = np.linalg.eigh(basis.T @ gram @ basis)
+    return basis @ turned[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
+
+
 @dataclass(frozen=True)
 class Figures:
     """What describes a group of weights: a number per component, NaN where there is none.
@@ -154,20 +165,14 @@ class Describer:
         figures = self._figures(gram, subspace.vectors, subspace.singular_values)
         if replicates is None:
             return Described(figures, None)
-        others = [self._figures(each, *self._near(each, subspace.vectors)) for each in replicates]
+        others = [
+            self._figures(
+                each, *nearby_subspace(each[: self._rows, : self._rows], subspace.vectors)
+            )
+            for each in replicates
+        ]
         errors = jackknife(np.stack([other.packed() for other in others]))
         return Described(figures, Figures.unpacked(errors))
-
-    def _near(self, gram: Float64, vectors: Float64) -> tuple[Float64, Float64]:
-        """Return a replicate's singular vectors and values, from those of the whole.
-
-        One power step and Rayleigh-Ritz: right to second order in the difference, for a tenth of an
-        eigendecomposition.
-        """
-        history = gram[: self._rows, : self._rows]
-        basis = np.linalg.qr(history @ vectors)[0]
-        values, turned = np.linalg.eigh(basis.T @ history @ basis)
-        return basis @ turned[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
 
     def _figures(self, gram: Float64, vectors: Float64, singular_values: Float64) -> Figures:
         rows, rank = self._rows, self._rank

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream import machine, planner
+from relex_stream import machine
 from relex_stream.analysis import REPLICATES, Described, Describer, suspicious_steps
-from relex_stream.base_weights import open_base
-from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
-from relex_stream.blocks import float_pairs, model_shape
-from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
+from relex_stream.errors import OptionError
 from relex_stream.fit import Fit
-from relex_stream.grams import GRAMS_BYTES, TensorGram, estimated_grams, exact_grams, is_estimated
+from relex_stream.grams import GramReader, TensorGram, is_estimated
 from relex_stream.graph import Threads
 from relex_stream.grouping import group_name
 from relex_stream.request import history_of
-from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
-from relex_stream.store.records import StoredTensor
 from relex_stream.subspaces import changed_tensors
-from relex_stream.summaries import AnalyzeSummary, GroupAnalysis, StagePlan, StepAnalysis
-from relex_stream.warmup import warm_up_extrapolation
+from relex_stream.summaries import AnalyzeSummary, GroupAnalysis, Plan, StepAnalysis
 
 Float64 = NDArray[np.float64]
 
@@ -92,11 +84,11 @@ def analyze_store(
         )
     rows = len(store.steps)
     describer = Describer(store.steps, len(history), rank, Fit(fit, window))
-    reading = _Reading(store, exact, base, executor, progress)
-    plan = reading.plan()
-    sums = _Sums(plan.with_errors)
+    reader = GramReader(store, exact=exact, base=base, executor=executor, progress=progress)
+    plan = reader.plan(groups=sum(_group_counts(store).values()))
+    sums = _Sums(_room_for_errors(store, plan))
     tensors: list[GroupAnalysis] = []
-    for found in reading.grams(plan.workers):
+    for found in reader.grams(plan.workers):
         described = describer.describe(found.gram, found.replicates)
         alone = GramSum(
             with_errors=False, tensors=1, weights=found.tensor.elements, gram=found.gram
@@ -130,8 +122,8 @@ def analyze_store(
         modules=described_sums["module"],
         tensors=tuple(sorted(tensors, key=lambda each: names[each.name])),
         unchanged_tensors=sum(t.kind == "tracked" for t in store.manifest.tensors) - changed,
-        left_out_tensors=reading.left_out,
-        bytes_read=plan.bytes_read,
+        left_out_tensors=reader.left_out,
+        bytes_read=plan.stages[0].read_bytes,
         peak_memory_bytes=machine.peak_bytes(),
         elapsed_s=time.monotonic() - started,
     )
@@ -150,117 +142,23 @@ class _Sums:
             groups.setdefault(name, GramSum(self._with_errors[grouping])).add(found)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    workers: int
-    bytes_read: int
-    with_errors: dict[str, bool]
-    """By grouping: whether there is room for replicates."""
+def _room_for_errors(store: Store, plan: Plan) -> dict[str, bool]:
+    """Return for each grouping whether there is memory for the replicates of its sums."""
+    room = plan.memory_limit_bytes - plan.projected_bytes
+    found = {}
+    for grouping, count in _group_counts(store).items():
+        needed = REPLICATES * 8 * len(store.steps) ** 2 * count
+        found[grouping] = needed <= room
+        room -= needed if needed <= room else 0
+    return found
 
 
-class _Reading:
-    """Where the Gram matrices come from, and what that takes."""
-
-    def __init__(
-        self,
-        store: Store,
-        exact: bool,  # noqa: FBT001
-        base: Path | None,
-        executor: Threads,
-        progress: Progress,
-    ) -> None:
-        self._store = store
-        self._exact = exact
-        self._base = base
-        self._executor = executor
-        self._progress = progress
-        self._rows = len(store.steps)
-        self.left_out: tuple[str, ...] = ()
-        changed = changed_tensors(store, self._rows)
-        self._changed = changed
-        self._looked_up = [each for each in changed if not is_estimated(each, exact=exact)]
-
-    def plan(self) -> _Plan:
-        """Project the memory, and say what there is room for.
-
-        Raises
-        ------
-        MemoryLimitError
-            If it does not fit.
-        """
-        store, rows = self._store, self._rows
-        pairs = float_pairs(store.manifest.tensors)
-        if self._looked_up:
-            capacity = self._executor.prepare(warm_up_extrapolation, pairs, self._progress)
-        else:
-            capacity = self._executor.prepare(_nothing, pairs, self._progress)
-        shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
-        bytes_read = sum(
-            tensor.elements * tensor.base_itemsize
-            + int(store.frame_bytes[:, _columns(tensor)].sum(dtype=np.int64))
-            for tensor in self._looked_up
-        )
-        worker_bytes = (
-            planner.gram_worker_bytes(shape, DEFAULT_ENTRY_CAPACITY, rows) if self._looked_up else 0
-        )
-        stage = StagePlan("Gram matrices", shape.blocks, bytes_read, 0, worker_bytes)
-        gram = 8 * rows * rows
-        groups = {
-            grouping: len({group_name(each.name, grouping) for each in self._changed})
-            for grouping in ("model", "layer", "module")
-        }
-        # A tensor's own, with replicates and what they are made in, and those of a batch.
-        shared = planner.tables_bytes(shape, rows) + gram * (sum(groups.values()) + 24)
-        shared += max(GRAMS_BYTES, gram) if self._looked_up else 0
-        with_errors = dict.fromkeys(groups, False)
-        plan = planner.make_plan([stage], capacity, shared_bytes=shared)
-        room = plan.memory_limit_bytes - plan.projected_bytes
-        for grouping, count in groups.items():
-            needed = REPLICATES * gram * count
-            with_errors[grouping] = needed <= room
-            room -= needed if with_errors[grouping] else 0
-        return _Plan(plan.workers, bytes_read, with_errors)
-
-    def grams(self, workers: int) -> Iterator[TensorGram]:
-        """Yield the Gram matrix of every tensor that changed."""
-        estimated = iter(()) if self._exact else estimated_grams(self._store, self._rows)
-        return chain(estimated, self._looked_up_grams(workers))
-
-    def _looked_up_grams(self, workers: int) -> Iterator[TensorGram]:
-        if not self._looked_up:
-            return
-        with CheckpointReader() as reader:
-            try:
-                weights = open_base(self._store, self._base, reader)
-            except SourceError as error:
-                if self._exact or self._base is not None:
-                    raise
-                self.left_out = tuple(tensor.name for tensor in self._looked_up)
-                warnings.warn(
-                    f"{len(self.left_out)} small tensors, which have no sketch, are left out: "
-                    f"{error}",
-                    RelexStreamWarning,
-                    stacklevel=2,
-                )
-                return
-            yield from exact_grams(
-                self._store,
-                weights,
-                self._rows,
-                every=self._exact,
-                executor=self._executor,
-                workers=workers,
-                progress=self._progress,
-                entry_capacity=DEFAULT_ENTRY_CAPACITY,
-            )
-
-
-def _nothing(_pairs: object, _progress: Progress) -> None:
-    """Prepare no kernels: none are needed."""
-
-
-def _columns(tensor: StoredTensor) -> slice:
-    return slice(tensor.first_block, tensor.first_block + tensor.blocks)
+def _group_counts(store: Store) -> dict[str, int]:
+    changed = changed_tensors(store, len(store.steps))
+    return {
+        grouping: len({group_name(tensor.name, grouping) for tensor in changed})
+        for grouping in ("model", "layer", "module")
+    }
 
 
 def _group(name: str, summed: GramSum, described: Described, rows: int) -> GroupAnalysis:

@@ -10,11 +10,12 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from relex_stream import analyzing as _analyzing
+from relex_stream import backtesting as _backtesting
 from relex_stream import build as _build
 from relex_stream import exporting as _exporting
 from relex_stream import verification as _verification
@@ -26,6 +27,7 @@ from relex_stream.store import Store, StoreWriter
 from relex_stream.store.records import FORMAT_VERSION
 from relex_stream.summaries import (
     AnalyzeSummary,
+    BacktestSummary,
     BuildSummary,
     DropSummary,
     ExportSummary,
@@ -41,6 +43,7 @@ __all__ = [
     "OpenStore",
     "RunArguments",
     "analyze",
+    "backtest",
     "build_store",
     "combine",
     "drop",
@@ -472,6 +475,79 @@ def analyze(
         workers=workers,
         progress=progress,
     )
+
+
+def backtest(
+    store: AnyPath,
+    *,
+    history_steps: Sequence[int] = (),
+    target_steps: Sequence[int] = (),
+    rank: int | Sequence[int] = 1,
+    fit: str | Sequence[str] = "linear",
+    window: int | Sequence[int] = (),
+    anchor: str | Sequence[str] = ("base", "latest"),
+    damping: float | Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    exact: bool = False,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> BacktestSummary:
+    """Say what forecasts from a store's first steps would have been worth at its later ones.
+
+    Each combination of history, target, rank, fit, window, anchor and damping is a forecast of a
+    stored step. Its skill, ``1 - |predicted - true|^2 / |last observed - true|^2`` over the whole
+    model, is above 0 where it is nearer to what came than the last observed step.
+
+    Parameters
+    ----------
+    store : path
+    history_steps : sequence of int
+        Where histories end; default a quarter, a third, a half and two thirds of the last step.
+    target_steps : sequence of int
+        Stored steps to forecast; default those nearest to 1.25, 1.5, 2, 3, 4, 6 and 8 times the
+        last step of the history, and the last one.
+    rank, fit, anchor, damping
+        As in `extrapolate`.
+    window : int or sequence of int
+        As in `extrapolate`; none: all.
+    exact, base, memory_limit, workers
+        As in `analyze`.
+
+    Returns
+    -------
+    BacktestSummary
+
+    Raises
+    ------
+    FitError, OptionError, MemoryLimitError
+        If the arguments cannot be met.
+    StoreError, CorruptionError, SourceError
+        As in `extrapolate`.
+    """
+    grid = _backtesting.Grid(
+        history_steps=history_steps,
+        target_steps=target_steps,
+        ranks=_several(rank),
+        fits=_several(fit),
+        windows=_several(window) or (None,),
+        anchors=_several(anchor),
+        dampings=_several(damping),
+    )
+    return _backtesting.backtest_store(
+        Path(store),
+        grid,
+        exact=exact,
+        base=None if base is None else Path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _several(value: Any) -> Sequence[Any]:
+    """Return several values as they are, one as a sequence of it."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
 
 
 def export(

@@ -130,7 +130,8 @@ def hat_vectors(places: Float64, targets: Float64, fit: Fit) -> Float64:
     --------
     >>> hat_vectors(np.array([10.0, 20.0]), np.array([30.0]), Fit()).T.tolist()
     [[-1.0, 2.0]]
-    >>> hat_vectors(np.array([10.0, 20.0]), np.array([30.0]), Fit("linear-origin")).T.tolist()
+    >>> slope_alone = Fit("linear-origin")
+    >>> hat_vectors(np.array([10.0, 20.0]), np.array([30.0]), slope_alone).T.round(9).tolist()
     [[0.6, 1.2]]
     """
     hats: Float64

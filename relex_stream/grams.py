@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream.analysis import estimated_gram, replicated_grams
-from relex_stream.base_weights import BaseWeights
-from relex_stream.graph import Executor
+from relex_stream import planner
+from relex_stream.analysis import REPLICATES, estimated_gram, replicated_grams
+from relex_stream.base_weights import BaseWeights, open_base
+from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
+from relex_stream.blocks import float_pairs, model_shape
+from relex_stream.errors import RelexStreamWarning, SourceError
+from relex_stream.graph import Executor, Threads
 from relex_stream.sketch import Subspace, cumulate, gram_of_deltas, unpack_sketch
+from relex_stream.sources import CheckpointReader
 from relex_stream.specs import Progress
 from relex_stream.store import SketchReader, Store
 from relex_stream.store.records import StoredTensor
@@ -23,6 +30,8 @@ from relex_stream.subspaces import (
     changed_tensors,
     subspace_groups,
 )
+from relex_stream.summaries import Plan, StagePlan
+from relex_stream.warmup import warm_up_extrapolation
 
 Float64 = NDArray[np.float64]
 
@@ -116,3 +125,114 @@ def exact_grams(
         )
         for number, group in enumerate(groups):
             yield TensorGram(group.tensors[0], found[number])
+
+
+class GramReader:
+    """Reads the Gram matrices of all tensors that changed, and knows what that takes.
+
+    Parameters
+    ----------
+    store : Store
+    exact : bool
+        From the weights; else from sketches, but for tensors that have none.
+    base : Path, optional
+        As in `api.analyze`.
+    executor : Threads
+    progress : Progress
+
+    Attributes
+    ----------
+    left_out : tuple of str
+        Tensors without a sketch, where there is no base to look them up.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        exact: bool,
+        base: Path | None,
+        executor: Threads,
+        progress: Progress,
+    ) -> None:
+        self._store = store
+        self._exact = exact
+        self._base = base
+        self._executor = executor
+        self._progress = progress
+        self._rows = len(store.steps)
+        self.left_out: tuple[str, ...] = ()
+        self._looked_up = [
+            each
+            for each in changed_tensors(store, self._rows)
+            if not is_estimated(each, exact=exact)
+        ]
+
+    def plan(self, *, groups: int) -> Plan:
+        """Project the memory, with room for the sums of so many groups.
+
+        Raises
+        ------
+        MemoryLimitError
+            If it does not fit.
+        """
+        store, rows = self._store, self._rows
+        pairs = float_pairs(store.manifest.tensors)
+        warm_up = warm_up_extrapolation if self._looked_up else _nothing
+        capacity = self._executor.prepare(warm_up, pairs, self._progress)
+        shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
+        read_bytes = sum(
+            tensor.elements * tensor.base_itemsize
+            + int(store.frame_bytes[:, _columns(tensor)].sum(dtype=np.int64))
+            for tensor in self._looked_up
+        )
+        worker_bytes = 0
+        if self._looked_up:
+            worker_bytes = planner.gram_worker_bytes(shape, DEFAULT_ENTRY_CAPACITY, rows)
+        gram = 8 * rows * rows
+        # Those of groups; a tensor's own, its replicates and what they are made in; a batch.
+        shared = planner.tables_bytes(shape, rows) + gram * (groups + 3 * REPLICATES)
+        shared += max(GRAMS_BYTES, gram) if self._looked_up else 0
+        stage = StagePlan("Gram matrices", shape.blocks, read_bytes, 0, worker_bytes)
+        return planner.make_plan([stage], capacity, shared_bytes=shared)
+
+    def grams(self, workers: int) -> Iterator[TensorGram]:
+        """Yield the Gram matrix of every tensor that changed."""
+        if not self._exact:
+            yield from estimated_grams(self._store, self._rows)
+        if not self._looked_up:
+            return
+        with CheckpointReader() as reader:
+            try:
+                weights = open_base(self._store, self._base, reader)
+            except SourceError as error:
+                if self._exact or self._base is not None:
+                    raise
+                self._leave_out(error)
+                return
+            yield from exact_grams(
+                self._store,
+                weights,
+                self._rows,
+                every=self._exact,
+                executor=self._executor,
+                workers=workers,
+                progress=self._progress,
+                entry_capacity=DEFAULT_ENTRY_CAPACITY,
+            )
+
+    def _leave_out(self, error: SourceError) -> None:
+        self.left_out = tuple(tensor.name for tensor in self._looked_up)
+        warnings.warn(
+            f"{len(self.left_out)} small tensors, which have no sketch, are left out: {error}",
+            RelexStreamWarning,
+            stacklevel=2,
+        )
+
+
+def _nothing(_pairs: object, _progress: Progress) -> None:
+    """Prepare no kernels: none are needed."""
+
+
+def _columns(tensor: StoredTensor) -> slice:
+    return slice(tensor.first_block, tensor.first_block + tensor.blocks)

@@ -235,6 +235,91 @@ class AnalyzeSummary:
 
 
 @dataclass(frozen=True)
+class SkillOfDamping:
+    """A forecast with a damping: ``skill`` is ``1 - |predicted - true|^2 / |last - true|^2``.
+
+    ``error`` is the standard error of the skill, None where it is exact; ``missed`` the distance
+    from what came, in weight units.
+    """
+
+    damping: float
+    skill: float
+    error: float | None
+    missed: float
+
+
+@dataclass(frozen=True)
+class ForecastSkill:
+    """A forecast of a stored step from those up to another, over the whole model."""
+
+    history_step: int
+    """Last step of the history."""
+    target_step: int
+    horizon: float
+    """Target step by last step of the history."""
+    rank: int
+    fit: str
+    window: int | None
+    anchor: str
+    moved: float
+    """Distance from the last step of the history to what came, in weight units."""
+    skills: tuple[SkillOfDamping, ...]
+    """With the dampings that were asked for."""
+    best: SkillOfDamping
+    """With the best damping, which is known afterwards only."""
+    auto: SkillOfDamping | None
+    """With the damping that the history chooses by forecasting itself; None if it is too short."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The settings with most skill on average over a backtest."""
+
+    rank: int
+    fit: str
+    window: int | None
+    anchor: str
+    damping: float | str
+    """``"auto"``: each history chooses its own."""
+    mean_skill: float
+    least_skill: float
+    forecasts: int
+    """Over how many the mean is."""
+    reach: float
+    """The furthest horizon up to which every forecast had positive skill; 0 if none had."""
+    reach_is_known: bool
+    """Whether one further ahead had none; else nothing further ahead was tested."""
+
+
+@dataclass(frozen=True)
+class BacktestTensor:
+    """A tensor over all forecasts, with the recommended settings."""
+
+    name: str
+    skill: float
+    best_damping: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class BacktestSummary:
+    """What `backtest` found."""
+
+    store: str
+    steps: tuple[int, ...]
+    exact: bool
+    """Whether all figures come from the weights, none from sketches."""
+    forecasts: tuple[ForecastSkill, ...]
+    recommendation: Recommendation | None
+    """None if nothing was better than to stay where one is."""
+    tensors: tuple[BacktestTensor, ...] = field(repr=False)
+    left_out_tensors: tuple[str, ...]
+    bytes_read: int
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
 class ExportedFile:
     """One file of an export."""
 

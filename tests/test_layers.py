@@ -122,7 +122,8 @@ ROOMS = {
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
     "analysis": Room({"fit", "sketch"}, {"numpy"}, pure=True),
-    "grams": Room(BELOW_STAGES | {"analysis", "subspaces"}, {"numpy"}),
+    "skill": Room({"analysis", "fit", "sketch"}, {"numpy"}, pure=True),
+    "grams": Room(BELOW_STAGES | {"analysis", "subspaces", "warmup"}, {"numpy"}),
     # What is asked for, as arithmetic and in words.
     "grouping": Room(pure=True),
     "recipes": Room(pure=True),
@@ -133,8 +134,10 @@ ROOMS = {
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(
-        BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces", "warmup"},
-        {"numpy"},
+        BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces"}, {"numpy"}
+    ),
+    "backtesting": Room(
+        BELOW_STAGES | {"analysis", "grams", "methods", "skill", "subspaces"}, {"numpy"}
     ),
     "model_writes": Room(
         BELOW_STAGES | {"assemble", "grouping", "offload", "subspaces"}, {"numpy"}
@@ -150,7 +153,16 @@ ROOMS = {
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
         BELOW_STAGES
-        | {"analyzing", "build", "exporting", "models", "request", "verification", "opened"},
+        | {
+            "analyzing",
+            "backtesting",
+            "build",
+            "exporting",
+            "models",
+            "request",
+            "verification",
+            "opened",
+        },
         {"numpy"},
     ),
     "demo": Room(

@@ -31,11 +31,7 @@ _GROUPINGS = ("layer", "module", "tensor")
 )
 @options.fit
 @options.window
-@click.option(
-    "--exact",
-    is_flag=True,
-    help="Read the weights, instead of the sketches in the store with their standard errors.",
-)
+@options.exact
 @click.option(
     "--by",
     "groupings",

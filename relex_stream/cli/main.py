@@ -44,6 +44,10 @@ COMMANDS = {
         "relex_stream.cli.analyze:command",
         "Say how low-rank and how straight a stored trajectory is.",
     ),
+    "backtest": Entry(
+        "relex_stream.cli.backtest:command",
+        "Say what earlier forecasts of stored steps would have been worth.",
+    ),
     "extrapolate": Entry(
         "relex_stream.cli.extrapolate:command",
         "Predict the weights of later steps.",

@@ -206,6 +206,12 @@ def making(function: Function) -> Function:
     return function
 
 
+exact = click.option(
+    "--exact",
+    is_flag=True,
+    help="Read the weights, instead of the sketches in the store with their standard errors.",
+)
+
 history_steps = click.option(
     "--history-steps",
     type=click.IntRange(min=1),
@@ -213,7 +219,7 @@ history_steps = click.option(
     help="Use the stored steps up to step K only.  [default: all]",
 )
 
-_rank = click.option(
+rank = click.option(
     "--rank",
     type=click.IntRange(min=1),
     default=(1,),
@@ -269,7 +275,7 @@ window = click.option(
 
 def subspace(function: Function) -> Function:
     """Add the options of subspaces and of fits in them."""
-    for option in (window, fit, _group_by, _power_iterations, _svd, _rank, history_steps):
+    for option in (window, fit, _group_by, _power_iterations, _svd, rank, history_steps):
         function = option(function)
     return function
 

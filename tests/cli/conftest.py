@@ -19,14 +19,19 @@ from relex_stream.errors import RelexStreamWarning
 from relex_stream.specs import Progress
 from relex_stream.summaries import (
     AnalyzeSummary,
+    BacktestSummary,
+    BacktestTensor,
     BuildSummary,
     DropSummary,
     ExportedFile,
     ExportSummary,
+    ForecastSkill,
     GroupAnalysis,
     ModelsSummary,
     Output,
     Plan,
+    Recommendation,
+    SkillOfDamping,
     StagePlan,
     StepAnalysis,
     StepInfo,
@@ -181,6 +186,49 @@ ANALYZE = AnalyzeSummary(
     elapsed_s=1.5,
 )
 
+FORECAST = ForecastSkill(
+    history_step=40,
+    target_step=80,
+    horizon=2.0,
+    rank=1,
+    fit="linear",
+    window=None,
+    anchor="latest",
+    moved=0.25,
+    skills=(
+        SkillOfDamping(0.3, 0.0581, 0.004, 0.2),
+        SkillOfDamping(1.0, -0.125, None, 0.3),
+    ),
+    best=SkillOfDamping(0.37, 0.06, 0.005, 0.2),
+    auto=None,
+)
+
+BACKTEST = BacktestSummary(
+    store="run.store",
+    steps=tuple(range(10, 510, 10)),
+    exact=False,
+    forecasts=(FORECAST,),
+    recommendation=Recommendation(
+        rank=1,
+        fit="linear",
+        window=None,
+        anchor="latest",
+        damping="auto",
+        mean_skill=0.05,
+        least_skill=0.01,
+        forecasts=12,
+        reach=4.0,
+        reach_is_known=False,
+    ),
+    tensors=tuple(
+        BacktestTensor(f"tensor {number}", 0.1 - 0.01 * number, 0.35, 0.125) for number in range(7)
+    ),
+    left_out_tensors=(),
+    bytes_read=0,
+    peak_memory_bytes=170 * MIB,
+    elapsed_s=1.5,
+)
+
 EXPORT = ExportSummary(
     store="run.store",
     step=10,
@@ -223,6 +271,7 @@ class FakeApi(types.ModuleType):
         self.results: dict[str, Any] = {
             "build_store": BUILD,
             "analyze": ANALYZE,
+            "backtest": BACKTEST,
             "extrapolate": EXTRAPOLATE,
             "reconstruct": RECONSTRUCT,
             "combine": COMBINE,
@@ -271,6 +320,9 @@ class FakeApi(types.ModuleType):
 
     def analyze(self, store: Path, **asked: Any) -> AnalyzeSummary:
         return self._run("analyze", {"self": self, "store": store, **asked})
+
+    def backtest(self, store: Path, **asked: Any) -> BacktestSummary:
+        return self._run("backtest", {"self": self, "store": store, **asked})
 
     def extrapolate(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
         return self._run("extrapolate", {"self": self, "store": store, "out": out, **asked})
@@ -339,6 +391,7 @@ def run(api: FakeApi) -> Run:
 COMMAND_LINES = {
     "build-store": ("build-store", "base", "checkpoints", "run.store"),
     "analyze": ("analyze", "run.store"),
+    "backtest": ("backtest", "run.store"),
     "extrapolate": ("extrapolate", "run.store", "out", "--target-step", "600"),
     "reconstruct": ("reconstruct", "run.store", "out", "--step", "10"),
     "combine": ("combine", "run.store", "out", "--recipe", "ema:decay=0.5"),

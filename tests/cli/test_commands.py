@@ -10,7 +10,7 @@ import pytest
 
 from relex_stream import api as real_api
 from relex_stream.models import RunOptions
-from relex_stream.summaries import Output
+from relex_stream.summaries import Output, SkillOfDamping
 from tests.cli import conftest
 from tests.cli.conftest import COMMAND_LINES, FakeApi, Run
 
@@ -160,6 +160,32 @@ def test_analyze_passes_every_option(api: FakeApi, run: Run) -> None:
     assert api.calls == [("analyze", expected)]
 
 
+def test_backtest_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("backtest", "run.store", "--history-steps", "40", "--history-steps", "60", "--rank", "2"),
+        *("--rank", "3", "--target-step", "80", "--target-step", "90", "--fit", "polynomial:2"),
+        *("--fit", "linear", "--window", "7", "--window", "9", "--anchor", "latest", "--exact"),
+        *("--damping", "0.2", "--damping", "1", "--base", "b", "--memory-limit", "8GB"),
+        *("--workers", "2"),
+    )
+    assert result.exit_code == 0, result.stderr
+    expected = {
+        "store": Path("run.store"),
+        "history_steps": (40, 60),
+        "target_steps": (80, 90),
+        "rank": (2, 3),
+        "fit": ("polynomial:2", "linear"),
+        "window": (7, 9),
+        "anchor": ("latest",),
+        "damping": (0.2, 1.0),
+        "exact": True,
+        "base": Path("b"),
+        "memory_limit": 8_000_000_000,
+        "workers": 2,
+    }
+    assert api.calls == [("backtest", expected)]
+
+
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("export", "run.store", "out", "--step", "0", "--base", "b"),
@@ -286,6 +312,42 @@ def test_analyze_lists_what_is_asked_for(run: Run) -> None:
     assert "0.48 %" not in output
     verbose = run(*COMMAND_LINES["analyze"], "-v").stdout
     assert "  10   0.48 %         0.01           0.01\n" in verbose
+
+
+def test_backtest_prints_skills_and_advice(api: FakeApi, run: Run) -> None:
+    output = run(*COMMAND_LINES["backtest"]).stdout
+    assert (
+        "from  to  horizon  anchor           x 0.3     x 1  auto          best\n"
+        "----  --  -------  ------  --------------  ------  ----  ------------\n"
+        "  40  80     2.00  latest  0.058 +- 0.004  -0.125     -  0.060 (0.37)\n"
+    ) in output
+    assert "most skill  --rank 1 --fit linear --anchor latest --damping auto\n" in output
+    assert "mean skill  0.050 over 12 forecasts, least 0.010\n" in output
+    assert "above 0     up to 4.00 times the history, the furthest that could be tested\n" in output
+    # The five tensors with least skill.
+    assert "tensor 6" in output
+    assert "tensor 1" not in output
+    assert "tensor 1" in run(*COMMAND_LINES["backtest"], "-v").stdout
+    advice = conftest.BACKTEST.recommendation
+    assert advice is not None
+    other = dataclasses.replace(
+        conftest.BACKTEST,
+        recommendation=dataclasses.replace(advice, damping=0.25, window=9, reach_is_known=True),
+        forecasts=(
+            conftest.FORECAST,
+            dataclasses.replace(
+                conftest.FORECAST, window=9, auto=SkillOfDamping(0.5, -0.25, None, 1.0)
+            ),
+        ),
+    )
+    api.results["backtest"] = other
+    output = run(*COMMAND_LINES["backtest"]).stdout
+    assert "--fit linear --window 9 --anchor latest --damping 0.25\n" in output
+    assert "above 0     up to 4.00 times the history\n" in output
+    assert "  40  80     2.00     all  latest" in output
+    assert "-0.250 (0.50)" in output
+    api.results["backtest"] = dataclasses.replace(other, recommendation=None)
+    assert "do not extrapolate" in run(*COMMAND_LINES["backtest"]).stdout
 
 
 def test_what_models_are_told_apart_by_is_named(api: FakeApi, run: Run) -> None:

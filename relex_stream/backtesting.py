@@ -1,0 +1,306 @@
+"""From a store to what forecasts from its first steps would have been worth at its later ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relex_stream import machine
+from relex_stream.analysis import jackknife
+from relex_stream.errors import FitError, OptionError
+from relex_stream.fit import Fit
+from relex_stream.grams import GramReader, is_estimated
+from relex_stream.graph import Threads
+from relex_stream.methods import ANCHORS
+from relex_stream.skill import (
+    LEAST_NESTED_STEPS,
+    Backtest,
+    Cell,
+    Setting,
+    best_damping,
+    nested_cell,
+    skill,
+)
+from relex_stream.specs import NoProgress, Progress
+from relex_stream.store import Store
+from relex_stream.subspaces import changed_tensors
+from relex_stream.summaries import (
+    BacktestSummary,
+    BacktestTensor,
+    ForecastSkill,
+    Recommendation,
+    SkillOfDamping,
+)
+
+Float64 = NDArray[np.float64]
+
+HISTORY_SHARES = (0.25, 1 / 3, 0.5, 2 / 3)
+"""Of the last step: where histories end, unless others are asked for."""
+
+HORIZONS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Multiples of a history's last step that are forecast from it, and the last stored step."""
+
+AUTO = "auto"
+
+_TIE = 1e-6
+"""Mean skills that are as near are taken for equal."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked of a backtest."""
+
+    history_steps: Sequence[int]
+    target_steps: Sequence[int]
+    ranks: Sequence[int]
+    fits: Sequence[str]
+    windows: Sequence[int | None]
+    anchors: Sequence[str]
+    dampings: Sequence[float]
+
+
+def backtest_store(
+    store_path: Path,
+    grid: Grid,
+    *,
+    exact: bool,
+    base: Path | None,
+    memory_limit: int | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> BacktestSummary:
+    """Backtest; `relex_stream.api.backtest` says what the arguments are."""
+    started = time.monotonic()
+    executor = Threads(workers, memory_limit)
+    store = Store(store_path)
+    settings = _settings(grid)
+    cells = _cells(store.steps, grid, max(setting.fit.least_points for setting in settings))
+    nested = [nested_cell(store.steps, cell) for cell in cells]
+    every = list(dict.fromkeys([*cells, *(cell for cell in nested if cell is not None)]))
+    every = [cell for cell in every if cell in cells or _takes(cell, settings)]
+    backtest = Backtest(store.steps, every, settings)
+    place = {cell: number for number, cell in enumerate(every)}
+    reader = GramReader(
+        store, exact=exact, base=base, executor=executor, progress=progress or NoProgress()
+    )
+    plan = reader.plan(groups=0)
+    total: Float64 | None = None
+    by_tensor: dict[str, Float64] = {}
+    for found in reader.grams(plan.workers):
+        moments = backtest.moments(found.gram, found.replicates)
+        by_tensor[found.tensor.name] = moments[0, [place[cell] for cell in cells]]
+        # One that is exact is the same in every replicate.
+        total = moments if total is None else total + moments
+    if total is None:
+        raise OptionError(f"no step of {store.path} changed any weight; there is nothing to test")
+    rows = [
+        _forecast(store.steps, total, cell, inner, number, setting, place, grid.dampings)
+        for cell, inner in zip(cells, nested, strict=True)
+        for number, setting in enumerate(settings)
+    ]
+    advice = _recommendation(rows)
+    changed = changed_tensors(store, len(store.steps))
+    return BacktestSummary(
+        store=str(store.path),
+        steps=store.steps,
+        exact=all(not is_estimated(tensor, exact=exact) for tensor in changed),
+        forecasts=tuple(rows),
+        recommendation=advice,
+        tensors=tuple(_tensors(by_tensor, settings, rows, advice)),
+        left_out_tensors=reader.left_out,
+        bytes_read=plan.stages[0].read_bytes,
+        peak_memory_bytes=machine.peak_bytes(),
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def _settings(grid: Grid) -> list[Setting]:
+    for anchor in grid.anchors:
+        if anchor not in ANCHORS:
+            raise OptionError(f"--anchor must be one of {', '.join(ANCHORS)}, not {anchor!r}")
+    for rank in grid.ranks:
+        if rank < 1:
+            raise OptionError(f"--rank must be at least 1, not {rank}")
+    for damping in grid.dampings:
+        if not math.isfinite(damping):
+            raise OptionError(f"--damping must be a number, not {damping}")
+    return [
+        Setting(rank, Fit(fit, window), anchor)
+        for rank, fit, window, anchor in product(grid.ranks, grid.fits, grid.windows, grid.anchors)
+    ]
+
+
+def _takes(cell: Cell, settings: Iterable[Setting]) -> bool:
+    """Say whether a history is long enough for every fit."""
+    return all(
+        cell.rows >= max(setting.fit.least_points, setting.fit.window or 0) for setting in settings
+    )
+
+
+def _cells(steps: Sequence[int], grid: Grid, least: int) -> list[Cell]:
+    """Return the forecasts to make, by history and then by target."""
+    least = max(least, LEAST_NESTED_STEPS, *(window or 0 for window in grid.windows))
+    if grid.history_steps:
+        for step in grid.history_steps:
+            if step < steps[0]:
+                raise FitError(f"no checkpoint is at step {step} or before")
+        ends = [int(np.searchsorted(steps, step, side="right")) for step in grid.history_steps]
+    else:
+        ends = [
+            max(least, int(np.searchsorted(steps, share * steps[-1], side="right")))
+            for share in HISTORY_SHARES
+        ]
+    cells: dict[Cell, None] = {}
+    for rows in ends:
+        if rows < least:
+            raise FitError(
+                f"a history up to step {steps[rows - 1]} has {rows} checkpoints, the fits need "
+                f"{least}; take a later --history-steps"
+            )
+        if grid.target_steps:
+            targets = [row for row, step in enumerate(steps) if step in grid.target_steps]
+            unknown = sorted(set(grid.target_steps) - set(steps))
+            if unknown:
+                raise OptionError(
+                    f"--target-step {unknown[0]} is not stored: what came there is not known"
+                )
+        else:
+            wanted = [ratio * steps[rows - 1] for ratio in HORIZONS]
+            targets = [_nearest(steps, step) for step in wanted if step < steps[-1]]
+            targets.append(len(steps) - 1)
+        cells |= dict.fromkeys(Cell(rows, target) for target in targets if target >= rows)
+    if not cells:
+        raise FitError(
+            f"there is no step to forecast: {len(steps)} checkpoints up to step {steps[-1]}, and "
+            f"the first history ends with step {steps[min(ends) - 1]}"
+        )
+    return list(cells)
+
+
+def _nearest(steps: Sequence[int], step: float) -> int:
+    return int(np.argmin(np.abs(np.asarray(steps, np.float64) - step)))
+
+
+def _forecast(
+    steps: Sequence[int],
+    total: Float64,
+    cell: Cell,
+    inner: Cell | None,
+    number: int,
+    setting: Setting,
+    place: dict[Cell, int],
+    dampings: Sequence[float],
+) -> ForecastSkill:
+    here = total[:, place[cell], number]
+    onward = float(here[0, 3])
+    nested = None
+    if inner is not None and inner in place:
+        nested = float(best_damping(total[0, place[inner], number]))
+        nested = nested if math.isfinite(nested) else None
+    found = [_skill(here, damping) for damping in dampings]
+    best = float(best_damping(here[0]))
+    history, target = steps[cell.rows - 1], steps[cell.target]
+    return ForecastSkill(
+        history_step=history,
+        target_step=target,
+        horizon=target / history,
+        rank=setting.rank,
+        fit=setting.fit.curve,
+        window=setting.fit.window,
+        anchor=setting.anchor,
+        moved=math.sqrt(max(0.0, onward)),
+        skills=tuple(found),
+        best=_skill(here, best),
+        auto=None if nested is None else _skill(here, nested),
+    )
+
+
+def _skill(moments: Float64, damping: float) -> SkillOfDamping:
+    """Return the skill with a damping; `moments` has those of replicates behind the first."""
+    values = skill(moments, damping)
+    error = float(jackknife(values[1:])) if len(values) > 1 else None
+    missed = (1.0 - float(values[0])) * float(moments[0, 3])
+    return SkillOfDamping(damping, float(values[0]), error, math.sqrt(max(0.0, missed)))
+
+
+def _recommendation(rows: Sequence[ForecastSkill]) -> Recommendation | None:
+    """Return what had most skill on average, ties to what comes first; None if nothing helped."""
+    choices: dict[tuple[Any, ...], dict[tuple[int, int], ForecastSkill]] = {}
+    values: dict[tuple[Any, ...], dict[tuple[int, int], float]] = {}
+    for row in rows:
+        offered: list[tuple[float | str, SkillOfDamping]] = [
+            (each.damping, each) for each in row.skills
+        ]
+        if row.auto is not None:
+            offered.append((AUTO, row.auto))
+        for damping, each in offered:
+            if not math.isfinite(each.skill):
+                continue  # the model did not go on: nothing to forecast
+            key = (row.rank, row.fit, row.window, row.anchor, damping)
+            cell = (row.history_step, row.target_step)
+            choices.setdefault(key, {})[cell] = row
+            values.setdefault(key, {})[cell] = each.skill
+    if not values:
+        return None
+    # What is compared is compared over the same forecasts: those that all can make.
+    common = set.intersection(*(set(found) for found in values.values()))
+    means = {key: float(np.mean([found[cell] for cell in common])) for key, found in values.items()}
+    most = max(means.values())
+    best = next(key for key in means if means[key] >= most - _TIE)
+    if not most > 0:
+        return None
+    rank, fit, window, anchor, damping = best
+    found = values[best]
+    by_horizon = sorted((row.horizon, found[cell]) for cell, row in choices[best].items())
+    failing = [horizon for horizon, value in by_horizon if value <= 0]
+    within = [horizon for horizon, _ in by_horizon if not failing or horizon < failing[0]]
+    return Recommendation(
+        rank=rank,
+        fit=fit,
+        window=window,
+        anchor=anchor,
+        damping=damping,
+        mean_skill=means[best],
+        least_skill=min(found[cell] for cell in common),
+        forecasts=len(common),
+        reach=max(within, default=0.0),
+        reach_is_known=bool(failing),
+    )
+
+
+def _tensors(
+    by_tensor: dict[str, Float64],
+    settings: Sequence[Setting],
+    rows: Sequence[ForecastSkill],
+    advice: Recommendation | None,
+) -> Iterable[BacktestTensor]:
+    """Yield each tensor's figures over all forecasts, with the recommended settings."""
+    number = 0
+    if advice is not None:
+        wanted = (advice.rank, advice.fit, advice.window, advice.anchor)
+        names = [(each.rank, each.fit.curve, each.fit.window, each.anchor) for each in settings]
+        number = names.index(wanted)
+    mine = rows[number :: len(settings)]
+    if advice is None:
+        dampings = np.ones(len(mine))
+    elif advice.damping == AUTO:
+        dampings = np.array([0.0 if row.auto is None else row.auto.damping for row in mine])
+    else:
+        dampings = np.full(len(mine), float(advice.damping))
+    for name, moments in by_tensor.items():
+        square, product_, came, onward = moments[:, number].T
+        missed = (came - 2 * dampings * product_ + dampings**2 * square).sum()
+        yield BacktestTensor(
+            name=name,
+            skill=float(1.0 - missed / onward.sum()) if onward.sum() > 0 else math.nan,
+            best_damping=float(best_damping(moments[:, number].sum(axis=0))),
+            moved=math.sqrt(max(0.0, float(onward.sum()))),
+        )
