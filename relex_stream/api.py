@@ -205,7 +205,7 @@ def extrapolate(
     fit: str = "linear",
     window: int | None = None,
     refit_every: int | None = None,
-    damping: float | Sequence[float] = 1.0,
+    damping: float | str | Sequence[float | str] = 1.0,
     anchor: str | Sequence[str] = "base",
     group_by: str = "tensor",
     include: Sequence[str] = (),
@@ -244,8 +244,10 @@ def extrapolate(
     refit_every : int, optional
         Predict so many steps, then fit again through as many of the last coefficients, observed or
         predicted, and so on.
-    damping : float or sequence of float
+    damping : float or "auto", or sequence of them
         What the predicted delta is multiplied by, or the predicted change with anchor ``"latest"``.
+        ``"auto"``, with that anchor: what would have been best for forecasting the end of the
+        history, as far ahead, from its beginning.
     anchor : str or sequence of str
         ``"base"``: base + predicted delta. ``"latest"``: last checkpoint + predicted change since
         it, which keeps what lies outside the subspace.

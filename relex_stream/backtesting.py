@@ -19,7 +19,7 @@ from relex_stream.errors import FitError, OptionError
 from relex_stream.fit import Fit
 from relex_stream.grams import GramReader, is_estimated
 from relex_stream.graph import Threads
-from relex_stream.methods import ANCHORS
+from relex_stream.methods import ANCHORS, AUTO
 from relex_stream.skill import (
     LEAST_NESTED_STEPS,
     Backtest,
@@ -47,8 +47,6 @@ HISTORY_SHARES = (0.25, 1 / 3, 0.5, 2 / 3)
 
 HORIZONS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Multiples of a history's last step that are forecast from it, and the last stored step."""
-
-AUTO = "auto"
 
 _TIE = 1e-6
 """Mean skills that are as near are taken for equal."""
@@ -83,7 +81,7 @@ def backtest_store(
     store = Store(store_path)
     settings = _settings(grid)
     cells = _cells(store.steps, grid, max(setting.fit.least_points for setting in settings))
-    nested = [nested_cell(store.steps, cell) for cell in cells]
+    nested = [nested_cell(store.steps[: cell.rows], store.steps[cell.target]) for cell in cells]
     every = list(dict.fromkeys([*cells, *(cell for cell in nested if cell is not None)]))
     every = [cell for cell in every if cell in cells or _takes(cell, settings)]
     backtest = Backtest(store.steps, every, settings)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from relex_stream._version import __version__
+from relex_stream.methods import AUTO
 from relex_stream.store import Store
 from relex_stream.store.read import describe_steps
 from relex_stream.summaries import SubspaceFigures
@@ -152,8 +153,10 @@ def _description(settings: dict[str, Any], facts: dict[str, Any]) -> tuple[str, 
             "(RELEX, arXiv 2605.21468)."
         )
         return f"step {facts['step']} in a subspace of rank {facts['rank']}", text
-    damping = facts["damping"]
-    times = "" if damping == 1 else f", times {damping:g},"
+    damping = facts.get("damping_chosen", facts["damping"])
+    times = "" if damping == 1 else f", times {damping:.4g},"
+    if facts["damping"] == AUTO:
+        times = f", times {damping:.4g} (what was best for forecasting the end of the history),"
     onto = (
         f"the predicted delta{times} is added to the base model"
         if facts["anchor"] == "base"

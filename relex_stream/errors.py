@@ -64,6 +64,10 @@ class RelexStreamWarning(UserWarning):
     """Something the user should know that does not stop the work."""
 
 
+class ForecastWarning(RelexStreamWarning):
+    """The history speaks against a forecast as far ahead, or is too short to say."""
+
+
 _told: ContextVar[Callable[[str], None] | None] = ContextVar("told", default=None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +71,12 @@ def is_estimated(tensor: StoredTensor, *, exact: bool) -> bool:
     return tensor.sketch_row >= 0 and not exact
 
 
-def estimated_grams(store: Store, rows: int) -> Iterator[TensorGram]:
-    """Yield the Gram matrices of tensors that have a sketch and changed; reads no weights."""
+def estimated_grams(
+    store: Store, tensors: Sequence[StoredTensor], rows: int
+) -> Iterator[TensorGram]:
+    """Yield the Gram matrices of tensors that have a sketch; reads no weights."""
     sketches = SketchReader(store, rows)
-    for tensor in changed_tensors(store, rows):
+    for tensor in tensors:
         if is_estimated(tensor, exact=False):
             sketch = cumulate(unpack_sketch(*sketches.read(tensor)))
             squares = store.delta_sq[:rows, tensor.index]
@@ -86,9 +88,9 @@ def estimated_grams(store: Store, rows: int) -> Iterator[TensorGram]:
 def exact_grams(
     store: Store,
     base: BaseWeights,
+    tensors: Sequence[StoredTensor],
     rows: int,
     *,
-    every: bool,
     executor: Executor,
     workers: int,
     progress: Progress,
@@ -100,21 +102,18 @@ def exact_grams(
     ----------
     store : Store
     base : BaseWeights
+    tensors : sequence of StoredTensor
     rows : int
         From the first.
-    every : bool
-        Of all tensors; else of those without a sketch.
     executor, workers, progress, entry_capacity
         As in `subspaces.solve_subspaces`.
     """
     options = SubspaceOptions(rows, 1, "exact", 1)
     totals = BlockTotals.of(store, rows)
-    tensors = base.in_file_order(
-        [each for each in changed_tensors(store, rows) if not is_estimated(each, exact=every)]
-    )
     at_once = max(1, GRAMS_BYTES // (8 * rows * rows))
-    for first in range(0, len(tensors), at_once):
-        some = tensors[first : first + at_once]
+    in_order = base.in_file_order(tensors)
+    for first in range(0, len(in_order), at_once):
+        some = in_order[first : first + at_once]
         groups = subspace_groups(some, totals, options)
         found: dict[int, Float64] = executor.run(
             GramPass(store, base, options, entry_capacity),
@@ -139,6 +138,10 @@ class GramReader:
         As in `api.analyze`.
     executor : Threads
     progress : Progress
+    rows : int, optional
+        Of the store, from the first; default all.
+    takes : callable, optional
+        Says of a tensor whether it counts; default all do.
 
     Attributes
     ----------
@@ -154,19 +157,19 @@ class GramReader:
         base: Path | None,
         executor: Threads,
         progress: Progress,
+        rows: int | None = None,
+        takes: Callable[[StoredTensor], bool] = lambda _: True,
     ) -> None:
         self._store = store
         self._exact = exact
         self._base = base
         self._executor = executor
         self._progress = progress
-        self._rows = len(store.steps)
+        self._rows = len(store.steps) if rows is None else rows
         self.left_out: tuple[str, ...] = ()
-        self._looked_up = [
-            each
-            for each in changed_tensors(store, self._rows)
-            if not is_estimated(each, exact=exact)
-        ]
+        changed = [each for each in changed_tensors(store, self._rows) if takes(each)]
+        self._estimated = [each for each in changed if is_estimated(each, exact=exact)]
+        self._looked_up = [each for each in changed if not is_estimated(each, exact=exact)]
 
     def plan(self, *, groups: int) -> Plan:
         """Project the memory, with room for the sums of so many groups.
@@ -183,7 +186,7 @@ class GramReader:
         shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
         read_bytes = sum(
             tensor.elements * tensor.base_itemsize
-            + int(store.frame_bytes[:, _columns(tensor)].sum(dtype=np.int64))
+            + int(store.frame_bytes[:rows, _columns(tensor)].sum(dtype=np.int64))
             for tensor in self._looked_up
         )
         worker_bytes = 0
@@ -192,14 +195,13 @@ class GramReader:
         gram = 8 * rows * rows
         # Those of groups; a tensor's own, its replicates and what they are made in; a batch.
         shared = planner.tables_bytes(shape, rows) + gram * (groups + 3 * REPLICATES)
-        shared += max(GRAMS_BYTES, gram) if self._looked_up else 0
+        shared += max(min(GRAMS_BYTES, len(self._looked_up) * gram), gram)
         stage = StagePlan("Gram matrices", shape.blocks, read_bytes, 0, worker_bytes)
         return planner.make_plan([stage], capacity, shared_bytes=shared)
 
     def grams(self, workers: int) -> Iterator[TensorGram]:
         """Yield the Gram matrix of every tensor that changed."""
-        if not self._exact:
-            yield from estimated_grams(self._store, self._rows)
+        yield from estimated_grams(self._store, self._estimated, self._rows)
         if not self._looked_up:
             return
         with CheckpointReader() as reader:
@@ -213,8 +215,8 @@ class GramReader:
             yield from exact_grams(
                 self._store,
                 weights,
+                self._looked_up,
                 self._rows,
-                every=self._exact,
                 executor=self._executor,
                 workers=workers,
                 progress=self._progress,

@@ -25,6 +25,9 @@ Float64 = NDArray[np.float64]
 
 ANCHORS = ("base", "latest")
 
+AUTO = "auto"
+"""In the place of a damping: one that the history chooses (`nested`)."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -132,7 +135,7 @@ class Extrapolation(Method):
     targets : tuple of int
         Steps to predict.
     ranks : tuple of int
-    dampings : tuple of float
+    dampings : tuple of float or "auto"
         lambda, which the predicted delta is multiplied by (`anchor` ``"base"``) or the predicted
         change since the last step (``"latest"``).
     anchors : tuple of str
@@ -143,30 +146,34 @@ class Extrapolation(Method):
         If it is `as_relex`, over the rows and not over the steps.
     step_scale : float
         By which targets are multiplied, for a fit over rows.
+    chosen : dict of (int, int) to float
+        The damping for each target and rank, where `dampings` has ``"auto"``.
     """
 
     history: tuple[int, ...]
     targets: tuple[int, ...]
     ranks: tuple[int, ...] = (1,)
-    dampings: tuple[float, ...] = (1.0,)
+    dampings: tuple[float | str, ...] = (1.0,)
     anchors: tuple[str, ...] = ("base",)
     fit: Fit = field(default_factory=Fit)
     step_scale: float = 1.0
+    chosen: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @cached_property
     def products(self) -> tuple[Product, ...]:  # type: ignore[override]
         """Every combination of target, rank, damping and anchor."""
         names = ("step", "rank", "damping", "anchor")
-        return tuple(
-            Product(
-                tuple(zip(names, each, strict=True)),
-                dict(zip(("target_step", *names[1:]), each, strict=True)),
-            )
-            for each in self._combinations
-        )
+        found = []
+        for each in self._combinations:
+            facts: dict[str, Any] = dict(zip(("target_step", *names[1:]), each, strict=True))
+            target, rank, damping, _ = each
+            if damping == AUTO:
+                facts["damping_chosen"] = self.chosen.get((target, rank))
+            found.append(Product(tuple(zip(names, each, strict=True)), facts))
+        return tuple(found)
 
     @property
-    def _combinations(self) -> list[tuple[int, int, float, str]]:
+    def _combinations(self) -> list[tuple[int, int, float | str, str]]:
         return list(product(self.targets, self.ranks, self.dampings, self.anchors))
 
     @property
@@ -201,8 +208,9 @@ class Extrapolation(Method):
         predicted = {rank: self.forecast.weights(vectors[:, :rank]) for rank in self.ranks}
         number = {target: i for i, target in enumerate(self.targets)}
         out = np.empty((len(self.history), len(self._combinations)))
-        for column, (target, rank, damping, anchor) in enumerate(self._combinations):
+        for column, (target, rank, asked, anchor) in enumerate(self._combinations):
             here = predicted[rank]
+            damping = self.chosen[target, rank] if isinstance(asked, str) else asked
             if anchor == "base":
                 out[:, column] = damping * here[:, number[target]]
                 continue

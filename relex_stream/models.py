@@ -34,6 +34,7 @@ from relex_stream.fit import Forecast
 from relex_stream.graph import Executor, open_executor
 from relex_stream.methods import product_paths
 from relex_stream.model_writes import Mix, Source, pieces, write_blocks
+from relex_stream.nested import with_dampings
 from relex_stream.offload import Offload, choose_offload
 from relex_stream.paths import refuse_inside
 from relex_stream.request import Job
@@ -120,7 +121,13 @@ def make_models(
         # Workers have working directories of their own.
         store_path, base = store_path.absolute(), base and base.absolute()
     store = Store(store_path)
-    job = ask(store)
+    job = with_dampings(
+        store,
+        ask(store),
+        base=base,
+        memory_limit=options.memory_limit,
+        progress=progress,
+    )
     _warn_inside(job)
     refuse_inside(out, store.path, "OUT", "STORE")
     directory = base_directory(store, base)

@@ -10,7 +10,7 @@ from typing import Any
 from relex_stream.errors import FitError, OptionError
 from relex_stream.fit import Fit
 from relex_stream.grouping import GROUPINGS, Selection
-from relex_stream.methods import ANCHORS, Combination, Extrapolation, Method, Reconstruction
+from relex_stream.methods import ANCHORS, AUTO, Combination, Extrapolation, Method, Reconstruction
 from relex_stream.recipes import parse_recipe, parse_weights
 from relex_stream.store import Store
 from relex_stream.store.read import describe_steps
@@ -81,7 +81,7 @@ def check_extrapolation(
     fit: str = "linear",
     window: int | None = None,
     refit_every: int | None = None,
-    damping: float | Sequence[float] = 1.0,
+    damping: float | str | Sequence[float | str] = 1.0,
     anchor: str | Sequence[str] = "base",
     group_by: str = "tensor",
     include: Sequence[str] = (),
@@ -100,14 +100,16 @@ def check_extrapolation(
     targets = _distinct("--target-step", target_steps)
     if min(targets) < 1:
         raise OptionError(f"--target-step must be at least 1, not {min(targets)}")
-    dampings = tuple(float(each) for each in _distinct("--damping", _sequence(damping)))
-    for each in dampings:
-        if not math.isfinite(each):
-            raise OptionError(f"--damping must be a number, not {each}")
+    dampings = tuple(_damping(each) for each in _distinct("--damping", _sequence(damping)))
     anchors = _distinct("--anchor", _sequence(anchor))
     for name in anchors:
         if name not in ANCHORS:
             raise OptionError(f"--anchor must be one of {', '.join(ANCHORS)}, not {name!r}")
+    if AUTO in dampings and anchors != ("latest",):
+        raise OptionError(
+            "--damping auto chooses for the change since the last checkpoint; it goes with "
+            "--anchor latest alone"
+        )
     as_relex = compat is not None
     if as_relex:
         _check_compat(
@@ -225,6 +227,18 @@ def _check_compat(
     ):
         if found:
             raise OptionError(f"--compat relex does what its authors' scripts do: no {clash}")
+
+
+def _damping(value: float | str) -> float | str:
+    if value == AUTO:
+        return AUTO
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise OptionError(f"--damping must be a number or auto, not {value}")
+    return number
 
 
 def _sequence(value: Any) -> Sequence[Any]:

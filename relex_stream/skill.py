@@ -190,20 +190,25 @@ LEAST_NESTED_STEPS = 3
 """A history of fewer checkpoints says nothing of what a forecast from it is worth."""
 
 
-def nested_cell(steps: Sequence[int], cell: Cell) -> Cell | None:
-    """Return the forecast that a history can make of itself: as far, in proportion, as `cell` is.
+def nested_cell(
+    history: Sequence[int], target_step: int, least: int = LEAST_NESTED_STEPS
+) -> Cell | None:
+    """Return the forecast of its end that a history can make: as far, in proportion, as a target.
 
-    From K to qK steps: from K / q to K. None if that leaves fewer than `LEAST_NESTED_STEPS`
-    checkpoints.
+    From K to qK steps: from K / q to K. None if that leaves fewer than `least` checkpoints.
 
     Examples
     --------
-    >>> steps = range(1, 101)
-    >>> nested_cell(steps, Cell(40, 79))  # from step 40 to step 80: from step 20 to 40
+    >>> nested_cell(range(1, 41), 80)  # twice as far as step 40: from step 20
     Cell(rows=20, target=39)
     """
-    last, target = steps[cell.rows - 1], steps[cell.target]
-    rows = int(np.searchsorted(steps[: cell.rows], last * last / target, side="right"))
-    if rows < LEAST_NESTED_STEPS or rows >= cell.rows:
+    last = history[-1]
+    rows = int(np.searchsorted(history, last * last / target_step, side="right"))
+    if rows < least or rows >= len(history):
         return None
-    return Cell(rows, cell.rows - 1)
+    return Cell(rows, len(history) - 1)
+
+
+def furthest_nested_cell(history: Sequence[int], least: int = LEAST_NESTED_STEPS) -> Cell | None:
+    """Return the forecast of its end from as few checkpoints as say anything, if there are more."""
+    return Cell(least, len(history) - 1) if len(history) > least else None

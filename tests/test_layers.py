@@ -129,7 +129,7 @@ ROOMS = {
     "recipes": Room(pure=True),
     "methods": Room({"fit", "recipes"}, {"numpy"}, pure=True),
     "request": Room({"fit", "grouping", "methods", "recipes", "store", "subspaces"}),
-    "cards": Room({"_version", "store"}, {"numpy"}),
+    "cards": Room({"_version", "methods", "store"}, {"numpy"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
@@ -139,13 +139,16 @@ ROOMS = {
     "backtesting": Room(
         BELOW_STAGES | {"analysis", "grams", "methods", "skill", "subspaces"}, {"numpy"}
     ),
+    "nested": Room(
+        BELOW_STAGES | {"grams", "grouping", "methods", "request", "skill", "subspaces"}, {"numpy"}
+    ),
     "model_writes": Room(
         BELOW_STAGES | {"assemble", "grouping", "offload", "subspaces"}, {"numpy"}
     ),
     "models": Room(
         BELOW_STAGES
         | {"assemble", "cards", "costs", "devices", "offload", "subspaces", "warmup"}
-        | {"methods", "model_writes", "request"},
+        | {"methods", "model_writes", "nested", "request"},
         {"numpy"} | CHECKSUM,
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),

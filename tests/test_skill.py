@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from relex_stream.errors import FitError
 from relex_stream.fit import Fit, Forecast
-from relex_stream.skill import Backtest, Cell, Setting, best_damping, nested_cell, skill
+from relex_stream.skill import (
+    Backtest,
+    Cell,
+    Setting,
+    best_damping,
+    furthest_nested_cell,
+    nested_cell,
+    skill,
+)
 from tests.test_analysis import STEPS, sketched, trajectory
 
 CELLS = (Cell(4, 5), Cell(7, 9), Cell(4, 9), Cell(5, 5), Cell(9, 9))
@@ -113,10 +121,12 @@ def test_a_nested_forecast_goes_as_far_in_proportion(gaps: list[int], data: st.D
     steps = np.cumsum(gaps).tolist()
     rows = data.draw(st.integers(2, len(steps) - 1))
     target = data.draw(st.integers(rows, len(steps) - 1))
-    found = nested_cell(steps, Cell(rows, target))
+    found = nested_cell(steps[:rows], steps[target])
     last = steps[rows - 1]
     limit = last * last / steps[target]
     inside = sum(step <= limit for step in steps[:rows])
+    furthest = furthest_nested_cell(steps[:rows])
+    assert furthest == (Cell(3, rows - 1) if rows > 3 else None)
     if found is None:
         assert inside < 3 or inside >= rows
         return

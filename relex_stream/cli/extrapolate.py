@@ -33,13 +33,14 @@ from relex_stream.cli.session import Session
 )
 @click.option(
     "--damping",
-    type=float,
+    type=options.DampingType(),
     default=(1.0,),
     show_default="1",
-    metavar="X",
+    metavar="X|auto",
     multiple=True,
-    help="Multiply the predicted delta by X, or the predicted change with --anchor latest. May be "
-    "given several times.",
+    help="Multiply the predicted delta by X, or the predicted change with --anchor latest. auto, "
+    "with that anchor: as would have been best for forecasting the end of the history from its "
+    "beginning. May be given several times.",
 )
 @click.option(
     "--anchor",

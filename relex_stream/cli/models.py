@@ -65,6 +65,8 @@ def _label(summary: ModelsSummary, output: Output) -> str:
         if len({str(each.what.get(name)) for each in summary.outputs}) > 1:
             value = what[name]
             parts.append(f"{name} {f'{value:g}' if isinstance(value, float) else value}")
+    if "damping_chosen" in what:
+        parts.append(f"damping {what['damping_chosen']:.3f} chosen")
     return ", ".join(parts)
 
 

@@ -73,6 +73,23 @@ class ByteSize(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class DampingType(click.ParamType[float | str]):
+    """A number, or ``auto``."""
+
+    name = "damping"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        """Return the number, or the word."""
+        if value == "auto" or isinstance(value, float):
+            return str(value) if value == "auto" else float(value)
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
 PATH = click.Path(path_type=Path)
 """A path as it is: whether it exists is for the library to say, once and in one wording."""
 
