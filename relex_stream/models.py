@@ -23,19 +23,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream import cards, costs, machine, planner
+from relex_stream import cards, machine, planner
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights, base_directory, open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
-from relex_stream.blocks import float_pairs, model_shape
+from relex_stream.blocks import float_pairs
 from relex_stream.devices import parse_devices, wants_gpu_processes
-from relex_stream.errors import DeviceError, MemoryLimitError, RelexStreamWarning
+from relex_stream.errors import DeviceError, RelexStreamWarning
 from relex_stream.fit import Forecast
 from relex_stream.graph import Executor, open_executor
 from relex_stream.methods import product_paths
 from relex_stream.model_writes import Mix, Source, pieces, write_blocks
 from relex_stream.nested import with_dampings
-from relex_stream.offload import Offload, choose_offload
+from relex_stream.offload import Offload
+from relex_stream.outline import Outline, output_passes
 from relex_stream.paths import refuse_inside
 from relex_stream.request import Job
 from relex_stream.sketch import Subspace, cumulate_transposed
@@ -43,26 +44,17 @@ from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.subspaces import (
-    BlockTotals,
-    SubspaceGroup,
-    SubspaceOptions,
-    basis_columns,
     changed_tensors,
     fetching_first_blocks,
     predicted_tensors,
     solve_subspaces,
-    split_routes,
-    subspace_groups,
     subspace_name,
 )
-from relex_stream.summaries import ModelsSummary, Output, Plan, StagePlan, SubspaceFigures
+from relex_stream.summaries import ModelsSummary, Output, Plan, SubspaceFigures
 from relex_stream.warmup import Pairs, warm_up_extrapolation, warm_up_half_deltas
 from relex_stream.writer import MARKER, OutputDirectory
 
 Float64 = NDArray[np.float64]
-
-OUTPUTS_AT_ONCE = 16
-"""Most models that are written in one pass; fewer where memory is short."""
 
 _OWN_FILES = ("README.md", MARKER)
 
@@ -159,8 +151,10 @@ def make_models(
         ) as executor,
     ):
         weights_of_base = open_base(store, base, reader)
-        outline = _Outline(store, job, len(assemblies), options.entry_capacity)
-        offload, devices_reason = outline.choose_devices(options, executor.places())
+        outline = Outline(store, job, len(assemblies), options.entry_capacity)
+        offload, devices_reason = outline.choose_devices(
+            options.devices, options.device_memory_limit, executor.places()
+        )
         # The disk has something to do while kernels are loaded.
         fetching: AbstractContextManager[Any] = nullcontext()
         if executor.is_local and not options.dry_run and job.subspaces is not None:
@@ -248,7 +242,7 @@ class _Run:
             self.options.entry_capacity,
             self.job.half_deltas,
         )
-        for (first, stop), name in _passes(len(assemblies), at_once):
+        for (first, stop), name in output_passes(len(assemblies), at_once):
             write_blocks(
                 source,
                 output,
@@ -261,14 +255,6 @@ class _Run:
                 progress=self.progress,
                 offload=self.offload,
             )
-
-
-def _passes(outputs: int, at_once: int) -> Iterator[tuple[tuple[int, int], str]]:
-    """Yield the first output of each pass and the one behind its last, and the stage's name."""
-    for first in range(0, outputs, at_once):
-        stop = min(outputs, first + at_once)
-        which = "" if at_once >= outputs else f" {first + 1} to {stop} of {outputs}"
-        yield (first, stop), f"write outputs{which}"
 
 
 def _warn_inside(job: Job) -> None:
@@ -464,203 +450,6 @@ def _summary(
     )
 
 
-# --- the plan ------------------------------------------------------------------------------------
-
-
-class _Outline:
-    """What a job comes to, before it is run: its stages, memory and devices.
-
-    Parameters
-    ----------
-    store : Store
-    job : Job
-    outputs : int
-        Models to write.
-    entry_capacity : int
-        As in `RunOptions`.
-    """
-
-    def __init__(self, store: Store, job: Job, outputs: int, entry_capacity: int) -> None:
-        self._store = store
-        self._outputs = outputs
-        self._entry_capacity = entry_capacity
-        self._rows = job.rows
-        self._options = job.subspaces
-        self._half_deltas = job.half_deltas
-        self._totals = BlockTotals.of(store, job.rows)
-        self._changed = changed_tensors(store, job.rows)
-        groups: list[SubspaceGroup] = []
-        if job.subspaces is not None:
-            tensors = predicted_tensors(store, job.subspaces)
-            groups = subspace_groups(tensors, self._totals, job.subspaces)
-            self._exact, self._randomized = split_routes(groups, job.subspaces)
-        else:
-            self._exact, self._randomized = [], []
-        shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
-        # What there is one of for each tensor there is for each group: runs may be more.
-        self._shape = replace(shape, tensors=max(shape.tensors, len(groups)))
-
-    def plan(
-        self,
-        assemblies: Sequence[Assembly],
-        capacity: planner.Capacity,
-        offload: Offload | None,
-    ) -> tuple[Plan, int]:
-        """Return the plan, and how many models to write in one pass.
-
-        As many as take no worker away, up to `OUTPUTS_AT_ONCE`.
-
-        Raises
-        ------
-        MemoryLimitError
-            If not even one model at a time fits.
-        """
-        least = self._plan(assemblies, capacity, offload, 1)
-        at_once = min(self._outputs, OUTPUTS_AT_ONCE)
-        while at_once > 1:
-            with suppress(MemoryLimitError):
-                plan = self._plan(assemblies, capacity, offload, at_once)
-                if plan.workers >= least.workers:
-                    return plan, at_once
-            at_once = -(-at_once // 2)
-        return least, 1
-
-    def _plan(
-        self,
-        assemblies: Sequence[Assembly],
-        capacity: planner.Capacity,
-        offload: Offload | None,
-        at_once: int,
-    ) -> Plan:
-        shape, totals = self._shape, self._totals
-        stages = self._statistics_stages()
-        at_once = min(at_once, len(assemblies))
-        writing = planner.write_worker_bytes(shape, self._entry_capacity, at_once)
-        for (first, stop), name in _passes(len(assemblies), at_once):
-            stages.append(
-                StagePlan(
-                    name=name,
-                    tasks=shape.blocks,
-                    read_bytes=assemblies[0].tensor_bytes + sum(totals.frame_bytes),
-                    write_bytes=sum(assembly.nbytes for assembly in assemblies[first:stop]),
-                    worker_bytes=writing,
-                )
-            )
-        if self._half_deltas:
-            # The base beside the state: in half precision a change is no difference of two values.
-            beside = shape.largest_block_bytes
-            stages = [replace(each, worker_bytes=each.worker_bytes + beside) for each in stages]
-        if offload is not None:
-            staging = planner.device_staging_bytes(
-                shape.largest_block, *_itemsizes(self._store), at_once
-            )
-            stages = [replace(each, worker_bytes=each.worker_bytes + staging) for each in stages]
-        options = self._options
-        return planner.make_plan(
-            stages,
-            capacity,
-            shared_bytes=planner.extrapolate_shared_bytes(
-                shape,
-                self._rows,
-                options.rank if options is not None else 0,
-                self._basis,
-                len(assemblies),
-                len(self._exact),
-                outputs_at_once=at_once,
-            ),
-        )
-
-    @property
-    def _basis(self) -> int:
-        if not self._randomized or self._options is None:
-            return 0
-        return basis_columns(self._options)
-
-    def _statistics_stages(self) -> list[StagePlan]:
-        options = self._options
-        if options is None:
-            return []
-        passes = options.power_iterations if self._randomized else min(1, len(self._exact))
-        return [
-            self._statistics_stage(
-                options, [*self._randomized, *(self._exact if number == 0 else [])], number
-            )
-            for number in range(passes)
-        ]
-
-    def _statistics_stage(
-        self, options: SubspaceOptions, groups: Sequence[SubspaceGroup], number: int
-    ) -> StagePlan:
-        tasks = read_bytes = 0
-        totals = self._totals
-        for at in (at for group in groups for at in group.blocks):
-            # A block whose changes do not fit is swept again for the second product.
-            sweeps = 1 if totals.changes[at.column] <= self._entry_capacity else 2
-            tasks += 1
-            read_bytes += at.elements * at.tensor.base_itemsize
-            read_bytes += sweeps * totals.frame_bytes[at.column]
-        shape, capacity, rows = self._shape, self._entry_capacity, self._rows
-        return StagePlan(
-            name=f"statistics, pass {number + 1}",
-            tasks=tasks,
-            read_bytes=read_bytes,
-            write_bytes=0,
-            worker_bytes=max(
-                planner.power_worker_bytes(shape, capacity, rows, basis_columns(options)),
-                planner.gram_worker_bytes(shape, capacity, rows)
-                if any(options.is_exact(group) for group in groups)
-                else 0,
-            ),
-        )
-
-    def choose_devices(
-        self, options: RunOptions, places: planner.Places
-    ) -> tuple[Offload | None, str]:
-        """Choose what works on blocks; `RunOptions.devices` says what was asked for."""
-        rows = self._rows
-        itemsize, base_itemsize = _itemsizes(self._store)
-        outputs = min(self._outputs, OUTPUTS_AT_ONCE)
-        work = costs.DeviceWork(
-            elements=sum(tensor.elements for tensor in self._changed),
-            changes=int(self._store.changed[:rows].sum(dtype=np.int64)),
-            rows=rows,
-            itemsize=itemsize,
-            base_itemsize=base_itemsize,
-            basis=self._basis,
-            passes=self._options.power_iterations if self._options and self._randomized else 1,
-            outputs=outputs,
-            sweeps=self._sweeps(),
-        )
-        block_bytes = planner.device_block_bytes(
-            self._shape.largest_block,
-            rows,
-            itemsize,
-            base_itemsize,
-            basis=self._basis,
-            gram=bool(self._exact),
-            outputs=outputs,
-        )
-        asked = options.devices
-        if self._half_deltas:
-            if asked not in ("auto", "cpu"):
-                raise DeviceError("--compat relex works on the CPU only; leave --devices out")
-            asked = "cpu"
-        return choose_offload(
-            asked,
-            work,
-            places,
-            block_bytes=block_bytes,
-            memory_limit_bytes=options.device_memory_limit,
-        )
-
-    def _sweeps(self) -> int:
-        """Return how often the CPU decodes the fullest block for a Gram matrix; 0 if it is kept."""
-        fullest = max(self._totals.changes, default=0)
-        if fullest <= self._entry_capacity:
-            return 0
-        return -(-self._shape.largest_block // planner.gram_columns(self._rows))
-
-
 def _warm_up(what: tuple[Pairs, Offload | None, bool], progress: Progress) -> None:
     """Prepare a process: kernels, and the device if it has one."""
     pairs, offload, half_deltas = what
@@ -671,12 +460,3 @@ def _warm_up(what: tuple[Pairs, Offload | None, bool], progress: Progress) -> No
         # A worker of a cluster may have none; it gets no such tasks.
         with suppress(DeviceError):
             offload.open()
-
-
-def _itemsizes(store: Store) -> tuple[int, int]:
-    """Return the bytes of a weight of the checkpoints and of the base: the widest."""
-    tracked = [tensor for tensor in store.manifest.tensors if tensor.kind == "tracked"]
-    return (
-        max((tensor.itemsize for tensor in tracked), default=2),
-        max((tensor.base_itemsize for tensor in tracked), default=2),
-    )

@@ -145,11 +145,14 @@ ROOMS = {
     "model_writes": Room(
         BELOW_STAGES | {"assemble", "grouping", "offload", "subspaces"}, {"numpy"}
     ),
+    "outline": Room(
+        BELOW_STAGES | {"assemble", "costs", "offload", "request", "subspaces"}, {"numpy"}
+    ),
     "models": Room(
         BELOW_STAGES
-        | {"assemble", "cards", "costs", "devices", "offload", "subspaces", "warmup"}
+        | {"assemble", "cards", "devices", "offload", "outline", "subspaces", "warmup"}
         | {"methods", "model_writes", "nested", "request"},
-        {"numpy"} | CHECKSUM,
+        {"numpy"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     # For Python callers.

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 import relex_stream as rs
-from relex_stream import grouping, models
+from relex_stream import grouping, models, outline
 from relex_stream.request import check_extrapolation
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
@@ -602,7 +602,7 @@ def test_how_many_are_written_in_a_pass_changes_no_bit(
 ) -> None:
     options: dict[str, Any] = {**MANY, "exclude": ["scale"], "excluded_from": "latest"}
     rs.extrapolate(store, tmp_path / "together", **options)
-    with mock.patch.object(models, "OUTPUTS_AT_ONCE", at_once):
+    with mock.patch.object(outline, "OUTPUTS_AT_ONCE", at_once):
         summary = rs.extrapolate(store, tmp_path / "passes", **options)
     names = [stage.name for stage in summary.plan.stages if stage.name.startswith("write")]
     assert len(names) == -(-16 // at_once)
@@ -618,7 +618,7 @@ def test_where_memory_is_short_fewer_are_written_in_a_pass(store: Path, tmp_path
     # So little less that the plan of all at once does not fit.
     least = plan.projected_bytes - 1
     with mock.patch.object(
-        models.planner, "write_worker_bytes", lambda *arguments: 50_000_000 * arguments[2]
+        outline.planner, "write_worker_bytes", lambda *arguments: 50_000_000 * arguments[2]
     ):
         few = rs.extrapolate(store, tmp_path / "out", **options, memory_limit=least + 120_000_000)
     passes = [stage for stage in few.plan.stages if stage.name.startswith("write")]
