@@ -136,6 +136,7 @@ def test_without_memory_the_cpu_does_it_and_says_so(
     monkeypatch.setattr(device_blocks, "DenseBlock", full)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RelexStreamWarning)
+        warnings.simplefilter("ignore", rs.ForecastWarning)
         there = extrapolated(store, tmp_path / "there", devices="cuda")
     texts = [str(warning.message) for warning in caught]
     assert 1 <= len(set(texts)) == len(texts) <= 2  # one for each device that was come to
@@ -322,6 +323,7 @@ def test_what_workers_warn_of_is_given_once_by_the_command(
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always", RelexStreamWarning)
+        warnings.simplefilter("ignore", rs.ForecastWarning)
         client.run(_have_no_memory)
         try:
             there = extrapolated(store, tmp_path / "there", devices="cuda", scheduler=gpu_workers)
