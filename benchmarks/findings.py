@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def cells_of(steps: Sequence[int]) -> list[tuple[int, int]]:
     Examples
     --------
     >>> cells_of(range(10, 130, 10))[:3]
-    [(30, 50), (30, 60), (30, 90)]
+    [(30, 40), (30, 60), (30, 90)]
     """
     stored = np.asarray(steps)
     found: dict[tuple[int, int], None] = {}
@@ -179,6 +180,33 @@ def _summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+SKILL_BOUNDS = (-np.inf, -0.5, -0.3, -0.2, -0.1, 0.0, np.inf)
+
+
+def by_skill(rows: Sequence[dict[str, Any]], variant: str) -> list[str]:
+    """Return a line for each range of skill: how many forecasts gained or lost two errors or more.
+
+    Examples
+    --------
+    >>> row = {"skills": {"x": -0.4}, "gains": {"x": -0.05}, "errors": {"x": 0.01}}
+    >>> by_skill([row, row], "x")
+    ['x, skill -0.5 to -0.3: 2 forecasts, 0 gains, 2 losses, mean -0.050']
+    """
+    lines = []
+    for low, high in pairwise(SKILL_BOUNDS):
+        some = [row for row in rows if low <= (row["skills"].get(variant) or np.nan) < high]
+        if not some:
+            continue
+        gains = np.array([row["gains"][variant] for row in some])
+        errors = np.array([row["errors"][variant] for row in some])
+        lines.append(
+            f"{variant}, skill {low:g} to {high:g}: {len(some)} forecasts, "
+            f"{int((gains > 2 * errors).sum())} gains, {int((gains < -2 * errors).sum())} losses, "
+            f"mean {gains.mean():.3f}"
+        )
+    return lines
+
+
 @click.command("findings")
 @click.option(
     "--run",
@@ -219,5 +247,7 @@ def command(
     for row in summarize(rows):
         report.add(row)
     report.settings["forecasts"] = rows
+    for line in by_skill(rows, VARIANTS[0].name):
+        report.note(line)
     report.note("Losses: forecasts worse than the last observed step by two standard errors.")
     publish(report, json_path=json_path, markdown=markdown)
