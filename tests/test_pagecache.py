@@ -164,7 +164,7 @@ def test_commands_ask_before_they_read(
     else:
         rs.export(store, tmp_path / "out", step=18)
     names = [Path(path).name for path, _, _ in asked]
-    # For the Gram matrices of tensors that have no sketch, while kernels are loaded, for statistics,
+    # For Gram matrices of tensors that have no sketch, while kernels are loaded, for statistics,
     # and for the output.
     passes = {"extrapolate": 4, "export": 1}[command]
     assert names.count("c.1.0") == passes
