@@ -72,17 +72,19 @@ def is_estimated(tensor: StoredTensor, *, exact: bool) -> bool:
 
 
 def estimated_grams(
-    store: Store, tensors: Sequence[StoredTensor], rows: int
+    store: Store, tensors: Sequence[StoredTensor], rows: int, *, errors: bool
 ) -> Iterator[TensorGram]:
-    """Yield the Gram matrices of tensors that have a sketch; reads no weights."""
+    """Yield the Gram matrices of tensors that have a sketch, with replicates if errors are wanted.
+
+    Reads no weights.
+    """
     sketches = SketchReader(store, rows)
     for tensor in tensors:
         if is_estimated(tensor, exact=False):
             sketch = cumulate(unpack_sketch(*sketches.read(tensor)))
             squares = store.delta_sq[:rows, tensor.index]
-            yield TensorGram(
-                tensor, estimated_gram(sketch, squares), replicated_grams(sketch, squares)
-            )
+            replicates = replicated_grams(sketch, squares) if errors else None
+            yield TensorGram(tensor, estimated_gram(sketch, squares), replicates)
 
 
 def exact_grams(
@@ -142,6 +144,8 @@ class GramReader:
         Of the store, from the first; default all.
     takes : callable, optional
         Says of a tensor whether it counts; default all do.
+    errors : bool
+        Whether replicates of estimates are wanted.
 
     Attributes
     ----------
@@ -159,6 +163,7 @@ class GramReader:
         progress: Progress,
         rows: int | None = None,
         takes: Callable[[StoredTensor], bool] = lambda _: True,
+        errors: bool = True,
     ) -> None:
         self._store = store
         self._exact = exact
@@ -166,6 +171,7 @@ class GramReader:
         self._executor = executor
         self._progress = progress
         self._rows = len(store.steps) if rows is None else rows
+        self._errors = errors
         self.left_out: tuple[str, ...] = ()
         changed = [each for each in changed_tensors(store, self._rows) if takes(each)]
         self._estimated = [each for each in changed if is_estimated(each, exact=exact)]
@@ -201,7 +207,7 @@ class GramReader:
 
     def grams(self, workers: int) -> Iterator[TensorGram]:
         """Yield the Gram matrix of every tensor that changed."""
-        yield from estimated_grams(self._store, self._estimated, self._rows)
+        yield from estimated_grams(self._store, self._estimated, self._rows, errors=self._errors)
         if not self._looked_up:
             return
         with CheckpointReader() as reader:

@@ -108,6 +108,7 @@ def _reader(
         progress=progress,
         rows=options.rows,
         takes=takes,
+        errors=False,
     )
 
 
