@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 import relex_stream as rs
-from relex_stream import grouping, models, outline
+from relex_stream import grouping, models, outline, subspaces
 from relex_stream.request import check_extrapolation
+from relex_stream.sketch import sketch_basis
 from tests import oracle
-from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
+from tests.make_checkpoints import Trajectory, make_trajectory, raw, round_to, write_model
 from tests.make_stores import build_store
 from tests.test_extrapolate import read_weights, weights_digest
 
@@ -235,6 +236,44 @@ def test_groups_of_tensors(
         assert_same_model(read_weights(out), expected)
         changed = [each for each in groups if each != "scale"]
         assert len(changed) <= len(summary.figures) <= len(groups)
+
+
+def test_a_group_starts_from_the_sketches_of_all_its_tensors(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grams: list[NDArray[np.float64]] = []
+
+    def keep(gram: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
+        grams.append(gram)
+        return sketch_basis(gram, rank)
+
+    monkeypatch.setattr(subspaces, "sketch_basis", keep)
+    rs.extrapolate(store, tmp_path / "all", target_steps=[90], group_by="model", workers=1)
+    rs.extrapolate(store, tmp_path / "each", target_steps=[90], workers=1)
+    (together, *each) = grams
+    assert len(each) > 3
+    np.testing.assert_allclose(together, np.sum(each, axis=0), rtol=1e-12)
+
+
+def test_what_is_copied_does_not_overflow(tmp_path: Path) -> None:
+    # Only a norm moves: extrapolated it would leave half precision, copied it does not.
+    for step in range(4):
+        directory = tmp_path / (f"run/step_{step}" if step else "base")
+        tensors = {"model.norm.weight": np.full(64, 1.0 + step), "w": np.ones((8, 8))}
+        raws = {
+            name: raw(round_to(v.astype(np.float32), "F16"), "F16") for name, v in tensors.items()
+        }
+        write_model(directory, raws)
+    rs.build_store(tmp_path / "base", tmp_path / "run", tmp_path / "store")
+    options: dict[str, Any] = {"overwrite": True}
+    rs.combine(tmp_path / "store", tmp_path / "out", recipes=["two-point:target=1e6"], **options)
+    np.testing.assert_array_equal(
+        read_weights(tmp_path / "out")["model.norm.weight"],
+        round_to(np.full(64, 4.0, np.float32), "F16"),
+    )
+    recipe = "two-point:target=1e6,norms=extrapolate"
+    with pytest.warns(rs.RelexStreamWarning, match="overflow"):
+        rs.combine(tmp_path / "store", tmp_path / "out", recipes=[recipe], **options)
 
 
 def test_runs_of_tensors(run: Trajectory, tmp_path: Path) -> None:

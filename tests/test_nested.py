@@ -13,6 +13,7 @@ import pytest
 
 import relex_stream as rs
 from relex_stream import nested
+from relex_stream.store import SketchReader, Store
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory
 from tests.make_stores import build_store
@@ -296,3 +297,18 @@ def test_to_tell_only_tensors_with_a_sketch_are_looked_at(
     rs.extrapolate(store, tmp_path / "out", target_steps=[80], dry_run=True)
     with pytest.raises(AssertionError, match="weights were read"):
         rs.extrapolate(store, tmp_path / "out", target_steps=[80], damping="auto", anchor="latest")
+
+
+def test_no_later_step_is_read(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    before = SketchReader.__init__
+
+    def count(self: SketchReader, opened: Store, rows: int) -> None:
+        read.append(rows)
+        before(self, opened, rows)
+
+    monkeypatch.setattr(SketchReader, "__init__", count)
+    rs.extrapolate(store, tmp_path / "out", target_steps=[40], history_steps=16, dry_run=True)
+    assert read == [8]
