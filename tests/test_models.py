@@ -266,11 +266,13 @@ def test_what_is_copied_does_not_overflow(tmp_path: Path) -> None:
         write_model(directory, raws)
     rs.build_store(tmp_path / "base", tmp_path / "run", tmp_path / "store")
     options: dict[str, Any] = {"overwrite": True}
-    rs.combine(tmp_path / "store", tmp_path / "out", recipes=["two-point:target=1e6"], **options)
-    np.testing.assert_array_equal(
-        read_weights(tmp_path / "out")["model.norm.weight"],
-        round_to(np.full(64, 4.0, np.float32), "F16"),
-    )
+    beside = ["two-point:target=1e6", "expo:alpha=0"]  # the other one is a sum
+    summary = rs.combine(tmp_path / "store", tmp_path / "out", recipes=beside, **options)
+    for output in summary.outputs:
+        np.testing.assert_array_equal(
+            read_weights(Path(output.path))["model.norm.weight"],
+            round_to(np.full(64, 4.0, np.float32), "F16"),
+        )
     recipe = "two-point:target=1e6,norms=extrapolate"
     with pytest.warns(rs.RelexStreamWarning, match="overflow"):
         rs.combine(tmp_path / "store", tmp_path / "out", recipes=[recipe], **options)
