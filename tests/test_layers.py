@@ -155,6 +155,7 @@ ROOMS = {
         {"numpy"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
+    "store_info": Room({"store"}, {"numpy"}),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
@@ -166,6 +167,7 @@ ROOMS = {
             "exporting",
             "models",
             "request",
+            "store_info",
             "verification",
             "opened",
         },

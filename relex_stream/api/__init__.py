@@ -1,0 +1,28 @@
+"""What Python callers and the commands use; everything else is inside.
+
+All functions take paths as ``str`` or ``Path`` and raise `RelexStreamError` for what the user can
+mend. Sizes are bytes. `progress` is any object with the methods of `specs.Progress`.
+"""
+
+from relex_stream.api.arguments import AnyPath, RunArguments
+from relex_stream.api.models import combine, extrapolate, reconstruct
+from relex_stream.api.stores import build_store, drop, export, info, open_store, verify
+from relex_stream.api.trajectories import analyze, backtest
+from relex_stream.opened import OpenStore
+
+__all__ = [
+    "AnyPath",
+    "OpenStore",
+    "RunArguments",
+    "analyze",
+    "backtest",
+    "build_store",
+    "combine",
+    "drop",
+    "export",
+    "extrapolate",
+    "info",
+    "open_store",
+    "reconstruct",
+    "verify",
+]

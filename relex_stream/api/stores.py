@@ -1,0 +1,230 @@
+"""Stores: build, look into, check, take from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from relex_stream.api.arguments import AnyPath, optional_path
+from relex_stream.build import build
+from relex_stream.exporting import export_step
+from relex_stream.opened import OpenStore
+from relex_stream.specs import Progress
+from relex_stream.store import Store, StoreWriter
+from relex_stream.store_info import info_of
+from relex_stream.summaries import (
+    BuildSummary,
+    DropSummary,
+    ExportSummary,
+    StoreInfo,
+    VerifySummary,
+)
+from relex_stream.verification import verify_store
+
+
+def build_store(
+    base: AnyPath,
+    checkpoints: AnyPath,
+    store: AnyPath,
+    *,
+    pattern: str | None = None,
+    steps: str | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    include_base: bool = False,
+    allow_nonfinite: bool = False,
+    seed: int = 0,
+    scheduler: AnyPath | None = None,
+    local_cluster: int | None = None,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Build a lossless delta store from checkpoints, or append new ones to it.
+
+    Parameters
+    ----------
+    base : path
+        Hugging Face model directory the run began from.
+    checkpoints : path
+        Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` or ``iter_N/``.
+    store : path
+        The store, made if it is not there. Steps in it already are skipped.
+    pattern : str, optional
+        Other names of checkpoint directories, with ``{step}`` for the number.
+    steps : str, optional
+        ``"1:75"`` (75 included), ``"1:75:5"``, ``"1,5,10"`` or one number; default all.
+    memory_limit : int, optional
+        Bytes this process may hold; default 768 MiB or what is free.
+    workers : int, optional
+        Threads; default one per core, fewer if they do not fit in the memory limit.
+    include_base : bool
+        Keep the base's weights in the store too.
+    allow_nonfinite : bool
+        Store values that are not finite where the base's are, instead of refusing them. Such
+        values count as 0 in every statistic.
+    seed : int
+        Seed of the sketches (new stores only).
+    scheduler : str or path, optional
+        Do the work on a dask.distributed cluster: the address of its scheduler
+        (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
+        checkpoints and store under the same paths. `memory_limit` is then of each of its processes.
+        See docs/clusters.md.
+    local_cluster : int, optional
+        Do the work in so many processes of this machine, started for it.
+
+    Returns
+    -------
+    BuildSummary
+
+    Raises
+    ------
+    SourceError, TrajectoryError
+        If base or checkpoints cannot be used or do not belong together.
+    StoreError
+        If the store is locked, damaged or not a store.
+    MemoryLimitError, OptionError
+        If the arguments cannot be met. Whatever was committed before an error stays committed.
+    ClusterError, MissingDependencyError
+        If the cluster cannot be reached or does not do the work.
+    """
+    return build(
+        Path(base),
+        Path(checkpoints),
+        Path(store),
+        pattern=pattern,
+        steps=steps,
+        memory_limit=memory_limit,
+        workers=workers,
+        include_base=include_base,
+        allow_nonfinite=allow_nonfinite,
+        seed=seed,
+        scheduler=None if scheduler is None else os.fspath(scheduler),
+        local_cluster=local_cluster,
+        progress=progress,
+    )
+
+
+def open_store(path: AnyPath, *, base: AnyPath | None = None) -> OpenStore:
+    """Open a store for reading.
+
+    Parameters
+    ----------
+    path : path
+    base : path, optional
+        The base's directory, when it is neither in the store nor where it was.
+
+    Raises
+    ------
+    StoreError
+        If there is no store of a known format.
+    """
+    return OpenStore(Path(path), optional_path(base))
+
+
+def export(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    step: int,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write a stored checkpoint as it was: every ingested file, byte for byte.
+
+    Parameters
+    ----------
+    store, out : path
+    step : int
+        A committed step, or 0 for the base.
+    base : path, optional
+        The base's directory, when it has moved.
+    memory_limit, workers
+        As in `build_store`.
+
+    Returns
+    -------
+    ExportSummary
+        With the SHA-256 of each file. The CRC-32C taken at ingest is checked block by block.
+
+    Raises
+    ------
+    CorruptionError, SourceError, OptionError, OutputError
+        As in `extrapolate`; nothing is written then.
+    """
+    return export_step(
+        Path(store),
+        Path(out),
+        step=step,
+        base=optional_path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def info(store: AnyPath) -> StoreInfo:
+    """Say what a store holds.
+
+    Raises
+    ------
+    StoreError
+        If there is no store of a known format, or its records are damaged.
+    """
+    return info_of(Path(store))
+
+
+def verify(
+    store: AnyPath,
+    *,
+    base: AnyPath | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> VerifySummary:
+    """Check every checksum of a store.
+
+    Parameters
+    ----------
+    store : path
+    base : path, optional
+        Also check that this directory holds the base the store was built over.
+    workers
+        As in `build_store`.
+
+    Returns
+    -------
+    VerifySummary
+        ``problems`` names each damaged record, blob or frame (tensor, step, block).
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or HEAD or the manifest is damaged.
+    """
+    return verify_store(
+        Path(store),
+        base=optional_path(base),
+        workers=workers,
+        progress=progress,
+    )
+
+
+def drop(store: AnyPath, *, after: int) -> DropSummary:
+    """Take back the steps after `after`.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or another process writes to it.
+    """
+    Store(Path(store))  # refuses what is not a store before anything is made there
+    with StoreWriter(Path(store)) as writer:
+        assert writer.store is not None
+        before = writer.store.stored_bytes()
+        dropped = writer.drop_after(after)
+        return DropSummary(
+            store=str(store),
+            steps_dropped=dropped,
+            steps_left=writer.store.steps,
+            bytes_freed=before - writer.store.stored_bytes(),
+        )

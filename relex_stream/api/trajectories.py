@@ -1,0 +1,138 @@
+"""What a stored trajectory is like, and what forecasts from it are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from relex_stream.analyzing import analyze_store
+from relex_stream.api.arguments import AnyPath, optional_path, several
+from relex_stream.backtesting import Grid, backtest_store
+from relex_stream.specs import Progress
+from relex_stream.summaries import AnalyzeSummary, BacktestSummary
+
+
+def analyze(
+    store: AnyPath,
+    *,
+    history_steps: int | None = None,
+    rank: int = 3,
+    fit: str = "linear",
+    window: int | None = None,
+    exact: bool = False,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> AnalyzeSummary:
+    """Say how low-rank and how straight a stored trajectory is, down to single tensors.
+
+    Parameters
+    ----------
+    store : path
+    history_steps : int, optional
+        The subspace is that of the stored steps up to this one, and the later ones show what it is
+        worth; default all.
+    rank : int
+        Components to tell of.
+    fit, window
+        As in `extrapolate`.
+    exact : bool
+        From the weights; else from the sketches and norms in the store, with the standard error
+        beside each figure. Tensors under 65,536 weights, which have no sketch, are exact anyway.
+    base : path, optional
+        The base's directory, when it has moved.
+    memory_limit, workers
+        As in `build_store`.
+
+    Returns
+    -------
+    AnalyzeSummary
+
+    Raises
+    ------
+    FitError, OptionError, MemoryLimitError
+        If the arguments cannot be met.
+    StoreError, CorruptionError, SourceError
+        As in `extrapolate`.
+    """
+    return analyze_store(
+        Path(store),
+        history_steps=history_steps,
+        rank=rank,
+        fit=fit,
+        window=window,
+        exact=exact,
+        base=optional_path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def backtest(
+    store: AnyPath,
+    *,
+    history_steps: Sequence[int] = (),
+    target_steps: Sequence[int] = (),
+    rank: int | Sequence[int] = 1,
+    fit: str | Sequence[str] = "linear",
+    window: int | Sequence[int] = (),
+    anchor: str | Sequence[str] = ("base", "latest"),
+    damping: float | Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    exact: bool = False,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> BacktestSummary:
+    """Say what forecasts from a store's first steps would have been worth at its later ones.
+
+    Each combination of history, target, rank, fit, window, anchor and damping is a forecast of a
+    stored step. Its skill, ``1 - |predicted - true|^2 / |last observed - true|^2`` over the whole
+    model, is above 0 where it is nearer to what came than the last observed step.
+
+    Parameters
+    ----------
+    store : path
+    history_steps : sequence of int
+        Where histories end; default a quarter, a third, a half and two thirds of the last step.
+    target_steps : sequence of int
+        Stored steps to forecast; default those nearest to 1.25, 1.5, 2, 3, 4, 6 and 8 times the
+        last step of the history, and the last one.
+    rank, fit, anchor, damping
+        As in `extrapolate`.
+    window : int or sequence of int
+        As in `extrapolate`; none: all.
+    exact, base, memory_limit, workers
+        As in `analyze`.
+
+    Returns
+    -------
+    BacktestSummary
+
+    Raises
+    ------
+    FitError, OptionError, MemoryLimitError
+        If the arguments cannot be met.
+    StoreError, CorruptionError, SourceError
+        As in `extrapolate`.
+    """
+    grid = Grid(
+        history_steps=history_steps,
+        target_steps=target_steps,
+        ranks=several(rank),
+        fits=several(fit),
+        windows=several(window) or (None,),
+        anchors=several(anchor),
+        dampings=several(damping),
+    )
+    return backtest_store(
+        Path(store),
+        grid,
+        exact=exact,
+        base=optional_path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
