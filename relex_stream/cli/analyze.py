@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def describe(
         fit += f" of the last {summary.window} checkpoints"
     rows = {
         "store": summary.store,
-        "history": report.format_steps(summary.history, full=verbose),
+        "history": wording.format_steps(summary.history, full=verbose),
         "figures": figures,
         "tensors": f"{model.tensors:,} changed, {summary.unchanged_tensors:,} never did",
         "moved": f"{model.delta_norm:.4g} from the base by step {summary.history[-1]} (norm)",
@@ -88,10 +88,13 @@ def describe(
         elsewhere = _figure(model.r2_elsewhere, model.r2_elsewhere_error, 0)
         rows["R2 elsewhere"] = f"{elsewhere}, at stored steps that the fit has not seen"
     rows["bend"] = f"{_bend(model)}: the movement {_bent(model.bend)}"
-    lines = report.pairs(rows)
+    lines = wording.pairs(rows)
     odd = [each for each in summary.steps if each.note]
     if odd:
-        lines += ["", *report.table(("step", "note"), [(str(s.step), s.note) for s in odd], "rl")]
+        lines += [
+            "",
+            *wording.table(("step", "note"), [(str(s.step), s.note) for s in odd], "rl"),
+        ]
     for grouping in dict.fromkeys(groupings):
         groups = getattr(summary, f"{grouping}s")
         lines += ["", *_table(grouping, groups, summary)]
@@ -102,7 +105,7 @@ def describe(
 
 def _table(grouping: str, groups: Sequence[GroupAnalysis], summary: AnalyzeSummary) -> list[str]:
     header = (grouping, "weights", "moved", "explained variance", "R2", "R2 elsewhere", "bend")
-    return report.table(
+    return wording.table(
         header,
         [
             (
@@ -124,12 +127,12 @@ def _table(grouping: str, groups: Sequence[GroupAnalysis], summary: AnalyzeSumma
 
 
 def _steps(summary: AnalyzeSummary) -> list[str]:
-    return report.table(
+    return wording.table(
         ("step", "changed", "moved since", "from the base"),
         [
             (
                 str(each.step),
-                report.format_share(each.changed_share),
+                wording.format_share(each.changed_share),
                 f"{each.change_norm:.3g}",
                 f"{each.delta_norm:.3g}",
             )
@@ -140,12 +143,12 @@ def _steps(summary: AnalyzeSummary) -> list[str]:
 
 
 def _share(shares: Sequence[float], errors: Sequence[float] | None, number: int) -> str:
-    text = report.format_share(shares[number])
+    text = wording.format_share(shares[number])
     return text if errors is None or text == "-" else f"{text} +- {100 * errors[number]:.1f}"
 
 
 def _figure(figures: Sequence[float], errors: Sequence[float] | None, number: int) -> str:
-    text = report.format_figure(figures[number])
+    text = wording.format_figure(figures[number])
     return text if errors is None or text == "-" else f"{text} +- {errors[number]:.3f}"
 
 

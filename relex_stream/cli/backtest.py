@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -96,23 +96,23 @@ def describe(summary: BacktestSummary, *, verbose: bool = False) -> list[str]:
         figures = "estimated from sketches, +- their standard error; small tensors exact"
     rows = {
         "store": summary.store,
-        "steps": report.format_steps(summary.steps, full=verbose),
+        "steps": wording.format_steps(summary.steps, full=verbose),
         "figures": figures,
     }
-    lines = [*report.pairs(rows), "", *_forecasts(summary), "", *_advice(summary)]
+    lines = [*wording.pairs(rows), "", *_forecasts(summary), "", *_advice(summary)]
     tensors = sorted(summary.tensors, key=lambda each: each.skill)
     shown = tensors if verbose else tensors[:_TENSORS_SHOWN]
     if shown:
         title = "tensor" if verbose else "least skill"
         lines += [
             "",
-            *report.table(
+            *wording.table(
                 (title, "skill", "best damping", "moved"),
                 [
                     (
                         each.name,
-                        report.format_figure(each.skill),
-                        report.format_figure(each.best_damping, 2),
+                        wording.format_figure(each.skill),
+                        wording.format_figure(each.best_damping, 2),
                         f"{each.moved:.3g}",
                     )
                     for each in shown
@@ -150,7 +150,7 @@ def _forecasts(summary: BacktestSummary) -> list[str]:
         for each in forecasts
     ]
     align = "rrr" + "r" * len(shown) + "l" + "r" * (len(dampings) + 2)
-    return ["skill, by damping", "", *report.table(header, rows, align)]
+    return ["skill, by damping", "", *wording.table(header, rows, align)]
 
 
 def _setting(each: ForecastSkill, name: str) -> str:
@@ -159,12 +159,12 @@ def _setting(each: ForecastSkill, name: str) -> str:
 
 
 def _skill(found: SkillOfDamping) -> str:
-    text = report.format_figure(found.skill)
+    text = wording.format_figure(found.skill)
     return text if found.error is None or text == "-" else f"{text} +- {found.error:.3f}"
 
 
 def _chosen(found: SkillOfDamping | None) -> str:
-    return "-" if found is None else f"{report.format_figure(found.skill)} ({found.damping:.2f})"
+    return "-" if found is None else f"{wording.format_figure(found.skill)} ({found.damping:.2f})"
 
 
 def _advice(summary: BacktestSummary) -> list[str]:
@@ -176,11 +176,11 @@ def _advice(summary: BacktestSummary) -> list[str]:
     options_ += [f"--damping {damping}"]
     if advice.window is not None:
         options_.insert(2, f"--window {advice.window}")
-    count = report.format_count(advice.forecasts, "forecast")
+    count = wording.format_count(advice.forecasts, "forecast")
     reach = f"up to {advice.reach:.2f} times the history" if advice.reach else "not even nearby"
     if advice.reach and not advice.reach_is_known:
         reach += ", the furthest that could be tested"
-    return report.pairs(
+    return wording.pairs(
         {
             "most skill": " ".join(options_),
             "mean skill": f"{advice.mean_skill:.3f} over {count}, least {advice.least_skill:.3f}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.plan import describe_plan
 from relex_stream.cli.session import Session
 
@@ -103,26 +103,26 @@ def describe(summary: BuildSummary, *, verbose: bool) -> list[str]:
     rows = {
         "store": summary.store,
         "layout": summary.layout,
-        "steps added": report.format_steps(added, full=verbose),
-        "steps skipped": report.format_steps(skipped, full=verbose)
+        "steps added": wording.format_steps(added, full=verbose),
+        "steps skipped": wording.format_steps(skipped, full=verbose)
         + (", in the store already" if skipped else ""),
         "steps in all": f"{summary.steps_total:,}",
-        "read": report.format_bytes(summary.bytes_in),
-        "stored": report.format_bytes(summary.bytes_stored),
+        "read": wording.format_bytes(summary.bytes_in),
+        "stored": wording.format_bytes(summary.bytes_stored),
     }
     if summary.base_bytes_stored:
-        rows["base weights"] = report.format_bytes(summary.base_bytes_stored)
-    rows["store on disk"] = report.format_bytes(summary.store_bytes)
+        rows["base weights"] = wording.format_bytes(summary.base_bytes_stored)
+    rows["store on disk"] = wording.format_bytes(summary.store_bytes)
     if added:
-        rows["ratio"] = report.format_ratio(summary.ratio)
+        rows["ratio"] = wording.format_ratio(summary.ratio)
         rows["changed weights"] = f"{summary.changed_weights:,}"
-        rows["bits per changed weight"] = report.format_figure(summary.bits_per_changed_weight, 2)
-    rows["peak memory"] = report.format_bytes(summary.peak_memory_bytes)
-    rows["elapsed"] = report.format_duration(summary.elapsed_s)
-    lines = report.pairs(rows)
+        rows["bits per changed weight"] = wording.format_figure(summary.bits_per_changed_weight, 2)
+    rows["peak memory"] = wording.format_bytes(summary.peak_memory_bytes)
+    rows["elapsed"] = wording.format_duration(summary.elapsed_s)
+    lines = wording.pairs(rows)
     if summary.skipped_files:
-        lines.append(f"{report.format_count(len(summary.skipped_files), 'file')} left out:")
-        lines += report.listing(summary.skipped_files, full=verbose)
+        lines.append(f"{wording.format_count(len(summary.skipped_files), 'file')} left out:")
+        lines += wording.listing(summary.skipped_files, full=verbose)
     if verbose:
         lines += ["", *describe_plan(summary.plan)]
     return lines

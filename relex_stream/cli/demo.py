@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ def describe(summary: DemoSummary) -> list[str]:
         (
             row.kind,
             str(row.step),
-            report.format_share(row.accuracy),
-            f"+/- {report.format_share(row.standard_error)}",
+            wording.format_share(row.accuracy),
+            f"+/- {wording.format_share(row.standard_error)}",
         )
         for row in summary.rows
     ]
     stored = (
         f"The first {summary.history_steps} checkpoints of the run, "
-        f"{report.format_bytes(build.bytes_in)}, are {report.format_bytes(build.bytes_stored)} in "
-        f"the store ({report.format_ratio(build.ratio)} smaller)."
+        f"{wording.format_bytes(build.bytes_in)}, are "
+        f"{wording.format_bytes(build.bytes_stored)} in the store ({wording.format_ratio(build.ratio)} smaller)."
     )
     fitted = (
-        f"Rank 1 explains {report.format_share(summary.median_explained_variance)} of the weight "
-        f"change, R2 of the line {report.format_figure(summary.median_r2)} (medians over tensors)."
+        f"Rank 1 explains {wording.format_share(summary.median_explained_variance)} of the weight "
+        f"change, R2 of the line {wording.format_figure(summary.median_r2)} (medians over tensors)."
     )
     lines = [
         stored,
@@ -71,7 +71,7 @@ def describe(summary: DemoSummary) -> list[str]:
         "",
         f"Accuracy on {summary.problems:,} held-out problems, greedy:",
         "",
-        *report.table(("model", "step", "accuracy", "std. error"), rows, "lrrr"),
+        *wording.table(("model", "step", "accuracy", "std. error"), rows, "lrrr"),
         "",
         *_verdicts(summary),
     ]

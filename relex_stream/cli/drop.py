@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def command(session: Session, store: Path, *, after: int) -> None:
 
 def describe(summary: DropSummary, *, after: int, verbose: bool) -> list[str]:
     """Return which steps went and which are left."""
-    left = f"left: {report.format_steps(summary.steps_left, full=verbose)}"
+    left = f"left: {wording.format_steps(summary.steps_left, full=verbose)}"
     if not summary.steps_dropped:
         return [f"nothing to drop: no step later than {after}", left]
-    dropped = report.format_steps(summary.steps_dropped, full=verbose)
-    return [f"dropped: {dropped}; {report.format_bytes(summary.bytes_freed)} freed", left]
+    dropped = wording.format_steps(summary.steps_dropped, full=verbose)
+    return [f"dropped: {dropped}; {wording.format_bytes(summary.bytes_freed)} freed", left]

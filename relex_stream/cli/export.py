@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -62,14 +62,14 @@ def command(
 
 def describe(summary: ExportSummary) -> list[str]:
     """Return a line per file: its SHA-256 and its path."""
-    return [f"{file.sha256}  {report.printable(file.path)}" for file in summary.files]
+    return [f"{file.sha256}  {wording.printable(file.path)}" for file in summary.files]
 
 
 def closing_line(summary: ExportSummary) -> str:
     """Return one line on the whole export; it goes to stderr, apart from the checksums."""
     return (
-        f"step {summary.step}: {report.format_count(len(summary.files), 'file')}, "
-        f"{report.format_bytes(summary.bytes_written)} written to "
-        f"{report.printable(summary.path)} in {report.format_duration(summary.elapsed_s)}, "
-        f"peak memory {report.format_bytes(summary.peak_memory_bytes)}"
+        f"step {summary.step}: {wording.format_count(len(summary.files), 'file')}, "
+        f"{wording.format_bytes(summary.bytes_written)} written to "
+        f"{wording.printable(summary.path)} in {wording.format_duration(summary.elapsed_s)}, "
+        f"peak memory {wording.format_bytes(summary.peak_memory_bytes)}"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -32,27 +32,27 @@ def command(session: Session, store: Path) -> None:
 def describe(summary: StoreInfo, *, verbose: bool) -> list[str]:
     """Return the named values of a store and the table of its steps."""
     dtypes = [
-        f"{code}: {report.format_count(tensors, 'tensor')}, {weights:,} weights"
+        f"{code}: {wording.format_count(tensors, 'tensor')}, {weights:,} weights"
         for code, (tensors, weights) in summary.dtypes.items()
     ]
     included = "in the store" if summary.base_included else "not in the store"
     rows = {
         "store": summary.store,
         "format version": str(summary.format_version),
-        "steps": report.format_steps([step.step for step in summary.steps]),
+        "steps": wording.format_steps([step.step for step in summary.steps]),
         "tensors": f"{summary.tensors:,}, of which {summary.constant_tensors:,} are constant",
         "weights": f"{summary.weights:,}",
         "dtypes": "; ".join(dtypes) or "none",
         "base": f"{summary.base} ({included})",
         "sketch seed": str(summary.seed),
-        "checkpoints": report.format_bytes(summary.bytes_in),
-        "store on disk": report.format_bytes(summary.store_bytes),
+        "checkpoints": wording.format_bytes(summary.bytes_in),
+        "store on disk": wording.format_bytes(summary.store_bytes),
     }
     if summary.base_bytes_stored:
-        rows["base weights"] = report.format_bytes(summary.base_bytes_stored)
-    rows["ratio"] = report.format_ratio(summary.ratio)
-    rows["bits per changed weight"] = report.format_figure(summary.bits_per_changed_weight, 2)
-    lines = report.pairs(rows)
+        rows["base weights"] = wording.format_bytes(summary.base_bytes_stored)
+    rows["ratio"] = wording.format_ratio(summary.ratio)
+    rows["bits per changed weight"] = wording.format_figure(summary.bits_per_changed_weight, 2)
+    lines = wording.pairs(rows)
     if summary.steps:
         lines += ["", *_step_table(summary.steps, full=verbose)]
     return lines
@@ -64,14 +64,14 @@ def _step_table(steps: tuple[StepInfo, ...], *, full: bool) -> list[str]:
         (
             str(step.step),
             f"{step.changed_weights:,}",
-            report.format_share(step.changed_share),
-            report.format_bytes(step.frame_bytes),
-            report.format_bytes(step.record_bytes),
-            report.format_bytes(step.source_bytes),
+            wording.format_share(step.changed_share),
+            wording.format_bytes(step.frame_bytes),
+            wording.format_bytes(step.record_bytes),
+            wording.format_bytes(step.source_bytes),
         )
         for step in steps
     ]
-    lines = report.table(
+    lines = wording.table(
         ("step", "changed weights", "share", "deltas", "record", "checkpoint"), rows, "rrrrrr"
     )
     left_out = len(rows) - MOST_STEPS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relex_stream.cli import report
+from relex_stream.cli import wording
 from relex_stream.cli.plan import describe_plan
 
 if TYPE_CHECKING:
@@ -23,31 +23,31 @@ def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
         rows[_label(summary, output)] = f"{output.path}{inside}"
     if len(shown) < len(summary.outputs):
         rows["..."] = f"and {len(summary.outputs) - len(shown)} more (--verbose lists all)"
-    rows["history"] = report.format_steps(summary.history, full=verbose)
+    rows["history"] = wording.format_steps(summary.history, full=verbose)
     rows["method"] = _method(summary)
     if summary.excluded_tensors:
         source = summary.settings["excluded_from"]
         rows["left out"] = (
-            f"{report.format_count(summary.excluded_tensors, 'tensor')}, copied from the "
+            f"{wording.format_count(summary.excluded_tensors, 'tensor')}, copied from the "
             f"{'base' if source == 'base' else 'last checkpoint'}"
         )
     if summary.dry_run:
         plan = describe_plan(summary.plan)
-        return ["dry run: nothing was written", "", *report.pairs(rows), "", *plan]
+        return ["dry run: nothing was written", "", *wording.pairs(rows), "", *plan]
 
     rows["tensors"] = f"{summary.tensors:,}, of which {summary.unchanged_tensors:,} never changed"
     if summary.median_explained_variance is not None:
-        share = report.format_share(summary.median_explained_variance)
+        share = wording.format_share(summary.median_explained_variance)
         rows["explained variance"] = f"{share}, median"
     if summary.median_r2 is not None:
-        rows["R2 of the fit"] = f"{report.format_figure(summary.median_r2)}, median"
-    rows["read"] = report.format_bytes(summary.bytes_read)
-    rows["written"] = report.format_bytes(summary.bytes_written)
+        rows["R2 of the fit"] = f"{wording.format_figure(summary.median_r2)}, median"
+    rows["read"] = wording.format_bytes(summary.bytes_read)
+    rows["written"] = wording.format_bytes(summary.bytes_written)
     if summary.plan.devices is not None:
         rows["devices"] = ", ".join(summary.plan.devices.names)
-    rows["peak memory"] = report.format_bytes(summary.peak_memory_bytes)
-    rows["elapsed"] = report.format_duration(summary.elapsed_s)
-    lines = report.pairs(rows)
+    rows["peak memory"] = wording.format_bytes(summary.peak_memory_bytes)
+    rows["elapsed"] = wording.format_duration(summary.elapsed_s)
+    lines = wording.pairs(rows)
     if weights := _weights(summary, verbose=verbose):
         lines += ["", *weights]
     if verbose:
@@ -79,14 +79,14 @@ def _method(summary: ModelsSummary) -> str:
     if settings["group_by"] != "tensor":
         parts[0] += f" of each {settings['group_by']}"
     if settings["svd"] == "randomized":
-        passes = report.format_count(settings["power_iterations"], "power iteration")
+        passes = wording.format_count(settings["power_iterations"], "power iteration")
         parts[-1] += f" with {passes}"
     if settings.get("fit"):
         parts.append(f"{settings['fit']} fit")
         if settings.get("window"):
             parts[-1] += f" of the last {settings['window']} checkpoints"
         if settings.get("refit_every"):
-            parts[-1] += f", again every {report.format_count(settings['refit_every'], 'step')}"
+            parts[-1] += f", again every {wording.format_count(settings['refit_every'], 'step')}"
     if settings.get("compat"):
         parts.append("as the scripts of RELEX's authors")
     return ", ".join(parts)
@@ -106,19 +106,19 @@ def _weights(summary: ModelsSummary, *, verbose: bool) -> list[str]:
         rows += [(recipe, f"step {each}", f"{steps[each]:.6g}") for each in steps if each in shown]
         if rest := [steps[each] for each in steps if each not in shown]:
             rows.append((recipe, f"{len(rest)} others", f"{sum(rest):.6g}"))
-    return report.table(("recipe", "checkpoint", "weight"), rows, "llr") if rows else []
+    return wording.table(("recipe", "checkpoint", "weight"), rows, "llr") if rows else []
 
 
 def _figures(summary: ModelsSummary) -> list[str]:
     name = summary.settings.get("group_by", "tensor")
-    return report.table(
+    return wording.table(
         (name, "singular values", "explained variance", "R2"),
         [
             (
                 each.name,
                 " ".join(f"{value:.3g}" for value in each.singular_values),
-                report.format_share(each.explained_of()),
-                " ".join(report.format_figure(value) for value in each.r2),
+                wording.format_share(each.explained_of()),
+                " ".join(wording.format_figure(value) for value in each.r2),
             )
             for each in summary.figures
         ],

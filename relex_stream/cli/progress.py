@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 import click
 
-from relex_stream.cli.report import format_bytes, format_duration, printable
+from relex_stream.cli.wording import format_bytes, format_duration, printable
 from relex_stream.specs import NoProgress, Progress
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from relex_stream.cli.report import printable, to_json
+from relex_stream.cli.wording import printable, to_json
 from relex_stream.errors import RelexStreamWarning
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, report
+from relex_stream.cli import options, wording
 from relex_stream.cli.session import Session
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def command(ctx: click.Context, store: Path, *, base: Path | None, workers: int 
     session = ctx.ensure_object(Session)
     with session.progress() as progress:
         summary = verify(store, base=base, workers=workers, progress=progress)
-    lines = [f"problem: {report.printable(problem)}" for problem in summary.problems]
+    lines = [f"problem: {wording.printable(problem)}" for problem in summary.problems]
     if not session.quiet:
         lines.append(closing_line(summary))
     session.finish(summary, lines, essential=True)
@@ -40,12 +40,13 @@ def command(ctx: click.Context, store: Path, *, base: Path | None, workers: int 
 
 def closing_line(summary: VerifySummary) -> str:
     """Return one line on all that was checked."""
-    found = report.format_count(len(summary.problems), "problem") if summary.problems else "intact"
+    found = wording.format_count(len(summary.problems), "problem") if summary.problems else "intact"
     return (
-        f"{report.printable(summary.store)}: {found}; "
-        f"{report.format_count(summary.steps, 'step')}, "
-        f"{report.format_count(summary.frames, 'frame')}, "
-        f"{report.format_count(summary.records, 'record')} and "
-        f"{report.format_count(summary.blobs, 'blob')} checked, "
-        f"{report.format_bytes(summary.bytes_read)} in {report.format_duration(summary.elapsed_s)}"
+        f"{wording.printable(summary.store)}: {found}; "
+        f"{wording.format_count(summary.steps, 'step')}, "
+        f"{wording.format_count(summary.frames, 'frame')}, "
+        f"{wording.format_count(summary.records, 'record')} and "
+        f"{wording.format_count(summary.blobs, 'blob')} checked, "
+        f"{wording.format_bytes(summary.bytes_read)} in "
+        f"{wording.format_duration(summary.elapsed_s)}"
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_stream.cli import report
+from relex_stream.cli import wording
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from relex_stream.cli import report
     ],
 )
 def test_format_bytes(count: int, text: str) -> None:
-    assert report.format_bytes(count) == text
+    assert wording.format_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -43,29 +43,29 @@ def test_format_bytes(count: int, text: str) -> None:
     ],
 )
 def test_format_duration(seconds: float, text: str) -> None:
-    assert report.format_duration(seconds) == text
+    assert wording.format_duration(seconds) == text
 
 
 def test_missing_figures_are_dashes() -> None:
     nan = float("nan")
-    assert report.format_figure(None) == report.format_figure(nan) == "-"
-    assert report.format_share(nan) == report.format_ratio(nan) == "-"
+    assert wording.format_figure(None) == wording.format_figure(nan) == "-"
+    assert wording.format_share(nan) == wording.format_ratio(nan) == "-"
 
 
 def test_format_steps() -> None:
-    assert report.format_steps((1, 5, 7)) == "1, 5, 7"
-    assert report.format_steps(range(1, 9), full=True) == "1, 2, 3, 4, 5, 6, 7, 8"
+    assert wording.format_steps((1, 5, 7)) == "1, 5, 7"
+    assert wording.format_steps(range(1, 9), full=True) == "1, 2, 3, 4, 5, 6, 7, 8"
 
 
 def test_listing_says_what_it_leaves_out() -> None:
     names = [f"{index}" for index in range(25)]
-    assert report.listing(names, full=False)[-1] == "  ... and 5 more (--verbose lists all)"
-    assert len(report.listing(names, full=True)) == 25
+    assert wording.listing(names, full=False)[-1] == "  ... and 5 more (--verbose lists all)"
+    assert len(wording.listing(names, full=True)) == 25
 
 
 @given(text=st.text())
 def test_printable_text_cannot_steer_a_terminal(text: str) -> None:
-    safe = report.printable(text)
+    safe = wording.printable(text)
     assert safe.isprintable()
     if text.isprintable():
         assert safe == text
@@ -75,7 +75,7 @@ def test_printable_text_cannot_steer_a_terminal(text: str) -> None:
     rows=st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=5),
 )
 def test_table_has_a_line_per_row(rows: list[tuple[str, str]]) -> None:
-    lines = report.table(("name", "size"), rows, "lr")
+    lines = wording.table(("name", "size"), rows, "lr")
     assert len(lines) == len(rows) + 2
     assert max(map(len, lines)) == len(lines[1])
 
@@ -90,7 +90,7 @@ def test_json_takes_numpy_scalars_and_paths() -> None:
         sizes: dict[str, tuple[int, int]]
 
     row = Row((np.int64(3),), np.float32("inf"), True, Path("a"), {"BF16": (1, 2)})
-    assert json.loads(report.to_json(row, warnings=[])) == {
+    assert json.loads(wording.to_json(row, warnings=[])) == {
         "steps": [3],
         "share": None,
         "ok": True,
