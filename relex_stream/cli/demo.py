@@ -59,7 +59,8 @@ def describe(summary: DemoSummary) -> list[str]:
     stored = (
         f"The first {summary.history_steps} checkpoints of the run, "
         f"{wording.format_bytes(build.bytes_in)}, are "
-        f"{wording.format_bytes(build.bytes_stored)} in the store ({wording.format_ratio(build.ratio)} smaller)."
+        f"{wording.format_bytes(build.bytes_stored)} in the store "
+        f"({wording.format_ratio(build.ratio)} smaller)."
     )
     fitted = (
         f"Rank 1 explains {wording.format_share(summary.median_explained_variance)} of the weight "
