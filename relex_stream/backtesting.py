@@ -21,12 +21,15 @@ from relex_stream.grams import GramReader, is_estimated
 from relex_stream.graph import Threads
 from relex_stream.methods import ANCHORS, AUTO
 from relex_stream.skill import (
+    HORIZONS,
     LEAST_NESTED_STEPS,
     Backtest,
     Cell,
     Setting,
     best_damping,
-    nested_cell,
+    chosen_damping,
+    mean_moments,
+    nested_cells,
     skill,
 )
 from relex_stream.specs import NoProgress, Progress
@@ -44,9 +47,6 @@ Float64 = NDArray[np.float64]
 
 HISTORY_SHARES = (0.25, 1 / 3, 0.5, 2 / 3)
 """Of the last step: where histories end, unless others are asked for."""
-
-HORIZONS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Multiples of a history's last step that are forecast from it, and the last stored step."""
 
 _TIE = 1e-6
 """Mean skills that are as near are taken for equal."""
@@ -80,10 +80,12 @@ def backtest_store(
     executor = Threads(workers, memory_limit)
     store = Store(store_path)
     settings = _settings(grid)
-    cells = _cells(store.steps, grid, max(setting.fit.least_points for setting in settings))
-    nested = [nested_cell(store.steps[: cell.rows], store.steps[cell.target]) for cell in cells]
-    every = list(dict.fromkeys([*cells, *(cell for cell in nested if cell is not None)]))
-    every = [cell for cell in every if cell in cells or _takes(cell, settings)]
+    least = _least(settings)
+    cells = _cells(store.steps, grid, least)
+    nested = [
+        nested_cells(store.steps[: cell.rows], store.steps[cell.target], least) for cell in cells
+    ]
+    every = list(dict.fromkeys([*cells, *(cell for inner in nested for cell in inner)]))
     backtest = Backtest(store.steps, every, settings)
     place = {cell: number for number, cell in enumerate(every)}
     reader = GramReader(
@@ -136,16 +138,14 @@ def _settings(grid: Grid) -> list[Setting]:
     ]
 
 
-def _takes(cell: Cell, settings: Iterable[Setting]) -> bool:
-    """Say whether a history is long enough for every fit."""
-    return all(
-        cell.rows >= max(setting.fit.least_points, setting.fit.window or 0) for setting in settings
-    )
+def _least(settings: Iterable[Setting]) -> int:
+    """Return how many checkpoints a history has at least, for every fit."""
+    fits = [setting.fit for setting in settings]
+    return max(LEAST_NESTED_STEPS, *(max(fit.least_points, fit.window or 0) for fit in fits))
 
 
 def _cells(steps: Sequence[int], grid: Grid, least: int) -> list[Cell]:
     """Return the forecasts to make, by history and then by target."""
-    least = max(least, LEAST_NESTED_STEPS, *(window or 0 for window in grid.windows))
     if grid.history_steps:
         for step in grid.history_steps:
             if step < steps[0]:
@@ -191,7 +191,7 @@ def _forecast(
     steps: Sequence[int],
     total: Float64,
     cell: Cell,
-    inner: Cell | None,
+    inner: Sequence[Cell],
     number: int,
     setting: Setting,
     place: dict[Cell, int],
@@ -199,10 +199,10 @@ def _forecast(
 ) -> ForecastSkill:
     here = total[:, place[cell], number]
     onward = float(here[0, 3])
-    nested = None
-    if inner is not None and inner in place:
-        nested = float(best_damping(total[0, place[inner], number]))
-        nested = nested if math.isfinite(nested) else None
+    own = None
+    if inner and setting.anchor == "latest":
+        nested = total[0, [place[each] for each in inner], number]
+        own = chosen_damping(mean_moments(nested))
     found = [_skill(here, damping) for damping in dampings]
     best = float(best_damping(here[0]))
     history, target = steps[cell.rows - 1], steps[cell.target]
@@ -217,7 +217,7 @@ def _forecast(
         moved=math.sqrt(max(0.0, onward)),
         skills=tuple(found),
         best=_skill(here, best),
-        auto=None if nested is None else _skill(here, nested),
+        auto=None if own is None else _skill(here, own),
     )
 
 

@@ -1,15 +1,15 @@
 """Nested windows: what a history makes of its own end, and which damping that speaks for.
 
-To forecast from K to qK steps, the same is done from K / q to K, where what came is known: the
-damping that would have been best there is taken here, and the skill that there was there is told
-of. No later step is looked at, and no weights but those of tensors without a sketch.
+To judge a forecast from K to qK steps, forecasts are made from K / h to K, for several h up to q:
+what came is known there. Their mean skill is told of, and the damping that they speak for is taken
+(`skill.chosen_damping`). No later step is looked at, and no weights but those of tensors without a
+sketch.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,9 @@ from relex_stream.skill import (
     Backtest,
     Cell,
     Setting,
-    best_damping,
-    furthest_nested_cell,
-    nested_cell,
+    chosen_damping,
+    mean_moments,
+    nested_cells,
     skill,
 )
 from relex_stream.specs import Progress
@@ -112,39 +112,16 @@ def _reader(
     )
 
 
-@dataclass(frozen=True)
-class Inner:
-    """The forecast of a history's end that stands for one of a target.
-
-    Attributes
-    ----------
-    cell : Cell
-    shrunk : float
-        1, or how much less far it goes than the target: the history is too short for as far.
-    """
-
-    cell: Cell
-    shrunk: float
-
-
-def inner_forecasts(method: Extrapolation) -> dict[int, Inner]:
-    """Return the nested forecast of each target that lies ahead, where there can be one."""
-    history, fit = method.history, method.fit
+def inner_forecasts(method: Extrapolation) -> dict[int, list[Cell]]:
+    """Return the nested forecasts of each target that lies ahead, where there can be any."""
+    fit = method.fit
     least = max(LEAST_NESTED_STEPS, fit.least_points, fit.window or 0)
-    found: dict[int, Inner] = {}
-    for target in method.targets:
-        if target <= history[-1]:
-            continue
-        cell = nested_cell(history, target, least)
-        if cell is not None:
-            found[target] = Inner(cell, 1.0)
-            continue
-        cell = furthest_nested_cell(history, least)
-        if cell is not None:
-            # A line goes on in proportion to how far: no further than was measured.
-            reach = history[-1] / history[cell.rows - 1] - 1.0
-            found[target] = Inner(cell, min(1.0, reach / (target / history[-1] - 1.0)))
-    return found
+    found = {
+        target: nested_cells(method.history, target, least)
+        for target in method.targets
+        if target > method.history[-1]
+    }
+    return {target: cells for target, cells in found.items() if cells}
 
 
 class Hindsight:
@@ -153,8 +130,8 @@ class Hindsight:
     Parameters
     ----------
     method : Extrapolation
-    inner : dict of int to Inner
-        By target.
+    inner : dict of int to list of Cell
+        By target; the furthest first.
     reader : GramReader
         Of the history.
     group_by : str
@@ -166,7 +143,7 @@ class Hindsight:
     """
 
     def __init__(
-        self, method: Extrapolation, inner: dict[int, Inner], reader: GramReader, group_by: str
+        self, method: Extrapolation, inner: dict[int, list[Cell]], reader: GramReader, group_by: str
     ) -> None:
         self._method = method
         self._inner = inner
@@ -175,16 +152,15 @@ class Hindsight:
             for rank in method.ranks
             for anchor in dict.fromkeys([*method.anchors, "latest"])
         ]
-        self._cells = list(dict.fromkeys(each.cell for each in inner.values()))
+        self._cells = list(dict.fromkeys(cell for cells in inner.values() for cell in cells))
         self._moments = self._read(reader, group_by)
         # Inside the history nothing is predicted that did not come.
         self.chosen = {(target, rank): 1.0 for target in method.targets for rank in method.ranks}
-        for target, each in inner.items():
+        for target in inner:
             for setting in self._settings:
                 if setting.anchor == "latest":
-                    best = float(best_damping(self._of(target, setting)))
-                    best = best if math.isfinite(best) else 0.0
-                    self.chosen[target, setting.rank] = each.shrunk * best
+                    chosen = chosen_damping(self._mean(target, setting))
+                    self.chosen[target, setting.rank] = chosen
 
     def _read(self, reader: GramReader, group_by: str) -> Float64:
         """Return the moments of the model: of the subspace of each group, added up."""
@@ -203,42 +179,56 @@ class Hindsight:
             total += backtest.moments(gram)[0]
         return total
 
-    def _of(self, target: int, setting: Setting) -> Float64:
-        """Return the moments of the forecast that stands for a target."""
-        found: Float64 = self._moments[
-            self._cells.index(self._inner[target].cell), self._settings.index(setting)
-        ]
-        return found
+    def _mean(self, target: int, setting: Setting) -> Float64:
+        """Return moments whose skill is the mean of the nested forecasts of a target."""
+        cells = [self._cells.index(cell) for cell in self._inner[target]]
+        return mean_moments(self._moments[cells, self._settings.index(setting)])
 
     def tell(self) -> None:
-        """Warn of the forecast that did worst, if one was worse than to stay, and of guesses."""
+        """Warn of settings that did worse than to stay, and of targets too far ahead to know."""
         asked = [
-            (float(skill(self._of(target, setting), damping)), target, setting, damping)
+            (float(skill(self._mean(target, setting), damping)), target, setting, damping)
             for target in self._inner
             for setting in self._settings
             for damping in self._method.dampings
             if setting.anchor in self._method.anchors and not isinstance(damping, str)
         ]
         worst = min(asked, key=lambda each: each[0], default=None)
-        last = self._method.history[-1]
         if worst is not None and worst[0] < 0:
             value, target, setting, damping = worst
-            begin = self._method.history[self._inner[target].cell.rows - 1]
             warnings.warn(
-                f"from step {begin} to {last}, as far ahead as step {target} is now, --anchor "
-                f"{setting.anchor} --damping {damping:g} had a skill of {value:.2f} (below 0: "
-                f"staying at step {begin} was nearer to what came); --anchor latest --damping auto "
-                f"takes {self.chosen[target, setting.rank]:.2f}; see relex-stream backtest",
+                f"{self._forecasts(target)} with --anchor {setting.anchor} --damping {damping:g} "
+                f"had a mean skill of {value:.2f} (below 0: staying was nearer to what came); "
+                f"--anchor latest --damping auto takes {self.chosen[target, setting.rank]:.2f}; "
+                "see relex-stream backtest",
                 ForecastWarning,
                 stacklevel=3,
             )
-        short = [target for target, each in self._inner.items() if each.shrunk < 1]
-        if AUTO in self._method.dampings and short:
-            begin = self._method.history[self._inner[short[-1]].cell.rows - 1]
+        last = self._method.history[-1]
+        far = [target for target in self._inner if target / last > self._reach(target)]
+        if AUTO in self._method.dampings and far:
             warnings.warn(
                 f"the history is too short to know how forecasts do as far ahead as step "
-                f"{short[-1]}: it tells of {last / begin:.2f} times as far, and --damping auto "
-                f"goes no further than that ({self.chosen[short[-1], self._method.ranks[0]]:.3f})",
+                f"{max(far)}, {max(far) / last:.2f} times as far: --damping auto "
+                f"({self.chosen[max(far), self._method.ranks[0]]:.2f}) goes by "
+                f"{self._forecasts(max(far))}",
                 ForecastWarning,
                 stacklevel=3,
             )
+
+    def _reach(self, target: int) -> float:
+        """Return how many times as far the furthest nested forecast goes."""
+        history = self._method.history
+        return history[-1] / history[self._inner[target][0].rows - 1]
+
+    def _forecasts(self, target: int) -> str:
+        """Return the nested forecasts of a target in words."""
+        history = self._method.history
+        begins = [history[cell.rows - 1] for cell in self._inner[target]]
+        several = (
+            f"{', '.join(map(str, begins[:-1]))} and {begins[-1]}" if begins[1:] else begins[0]
+        )
+        return (
+            f"forecasts of step {history[-1]} from {several} (up to {self._reach(target):.2f} "
+            "times as far)"
+        )

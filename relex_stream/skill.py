@@ -186,29 +186,91 @@ def best_damping(moments: Float64) -> Float64:
 
 # --- nested windows ------------------------------------------------------------------------------
 
+HORIZONS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""How many times as far forecasts go by which others are judged, and as far as these go."""
+
 LEAST_NESTED_STEPS = 3
 """A history of fewer checkpoints says nothing of what a forecast from it is worth."""
 
+DOUBTED_SKILL = -0.2
+"""Undamped forecasts of this mean skill, or less, are not trusted beyond the best damping.
 
-def nested_cell(
+Settled by the reward of extrapolated models, not by their distance: docs/findings.md.
+"""
+
+
+def nested_cells(
     history: Sequence[int], target_step: int, least: int = LEAST_NESTED_STEPS
-) -> Cell | None:
-    """Return the forecast of its end that a history can make: as far, in proportion, as a target.
+) -> list[Cell]:
+    """Return the forecasts of its end that a history can make, to judge one of a target by.
 
-    From K to qK steps: from K / q to K. None if that leaves fewer than `least` checkpoints.
+    From K to qK steps: from K / h to K, for q and each of `HORIZONS` up to q, or to 2 if that is
+    further. Where no such history has `least` checkpoints, from the first `least`.
+
+    Returns
+    -------
+    list of Cell
+        The furthest first; empty if the history has no more than `least` checkpoints.
 
     Examples
     --------
-    >>> nested_cell(range(1, 41), 80)  # twice as far as step 40: from step 20
-    Cell(rows=20, target=39)
+    >>> nested_cells(range(1, 41), 80)  # twice as far as step 40: from step 20
+    [Cell(rows=20, target=39), Cell(rows=26, target=39), Cell(rows=32, target=39)]
     """
     last = history[-1]
-    rows = int(np.searchsorted(history, last * last / target_step, side="right"))
-    if rows < least or rows >= len(history):
-        return None
-    return Cell(rows, len(history) - 1)
+    limit = max(2 * last, target_step)
+    ends = {last / horizon for horizon in HORIZONS if horizon * last <= limit}
+    ends.add(last * last / target_step)
+    found = {int(np.searchsorted(history, end, side="right")) for end in ends}
+    rows = sorted(each for each in found if least <= each < len(history))
+    if not rows and len(history) > least:
+        rows = [least]
+    return [Cell(each, len(history) - 1) for each in rows]
 
 
-def furthest_nested_cell(history: Sequence[int], least: int = LEAST_NESTED_STEPS) -> Cell | None:
-    """Return the forecast of its end from as few checkpoints as say anything, if there are more."""
-    return Cell(least, len(history) - 1) if len(history) > least else None
+def mean_moments(moments: Float64) -> Float64:
+    """Return moments whose skill, for any damping, is the mean of the skills of several forecasts.
+
+    Parameters
+    ----------
+    moments : ndarray of float64, shape (forecasts, ..., 4)
+        Over the whole model. Forecasts of a model that did not go on do not count.
+
+    Returns
+    -------
+    ndarray of float64, shape (..., 4)
+        In units of how far the model went on; zeros if it never did.
+    """
+    onward = moments[..., 3:]
+    shares = np.divide(moments, onward, out=np.zeros_like(moments), where=onward > 0)
+    counts = np.maximum((onward > 0).sum(axis=0), 1)
+    found: Float64 = shares.sum(axis=0) / counts
+    return found
+
+
+def chosen_damping(moments: Float64) -> float:
+    """Return the damping that nested forecasts speak for.
+
+    That of the highest mean skill, and the nearer to 1 the better they did undamped::
+
+        lambda + (1 - lambda) * min(1, max(0, 1 + S(1) / 0.2))
+
+    with S(1) their mean skill undamped. The best damping in weights is too careful by reward where
+    forecasts do well: what is right of them is what the reward is about (docs/findings.md).
+
+    Parameters
+    ----------
+    moments : ndarray of float64, shape (4,)
+        Of `mean_moments`, with anchor ``"latest"``.
+
+    Returns
+    -------
+    float
+        From 0 to 1; 0 if nothing was forecast.
+    """
+    best = float(best_damping(moments))
+    if not np.isfinite(best):
+        return 0.0
+    best = min(1.0, max(0.0, best))
+    trust = min(1.0, max(0.0, 1.0 - float(skill(moments, 1.0)) / DOUBTED_SKILL))
+    return best + (1.0 - best) * trust

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
+from relex_stream.skill import chosen_damping
 from relex_stream.summaries import ForecastSkill
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, round_to, write_model
@@ -101,17 +102,28 @@ def test_skill_is_that_of_errors_computed_from_the_weights(
             assert each.skill == pytest.approx(1 - float(missed @ missed) / stay, abs=1e-5)
             assert each.missed == pytest.approx(np.linalg.norm(missed), rel=1e-4)
             assert each.error is None
-        limit = last * last / target
-        nested = [step for step in STEPS if step <= limit]
-        # Histories that the widest window takes.
-        least = 5 if row.window else 3
-        if len(nested) < least or nested[-1] == last:
+        before = nested_steps(last, target, 5 if row.window else 3)
+        if row.anchor == "base" or not before:
             assert row.auto is None
             continue
-        forecast, came, _ = model(run, row, nested[-1], last)
+        moments = []
+        for step in before:
+            forecast, came, _ = model(run, row, step, last)
+            stay = float(came @ came)
+            moments.append((forecast @ forecast / stay, forecast @ came / stay, 1.0, 1.0))
         assert row.auto is not None
-        own = float(forecast @ came) / float(forecast @ forecast)
-        assert row.auto.damping == pytest.approx(own, rel=1e-5)
+        own = chosen_damping(np.mean(moments, axis=0))
+        assert row.auto.damping == pytest.approx(own, rel=1e-5, abs=1e-6)
+
+
+def nested_steps(last: int, target: int, least: int) -> list[int]:
+    """Return where the histories end whose forecasts of the last step stand for a target."""
+    horizon = target / last
+    horizons = {h for h in (1.25, 1.5, 2, 3, 4, 6, 8) if h <= max(2, horizon)} | {horizon}
+    counts = {sum(step <= last / h for step in STEPS) for h in horizons}
+    known = STEPS.index(last) + 1
+    counts = {rows for rows in counts if rows >= least} or ({least} if known > least else set())
+    return [STEPS[rows - 1] for rows in counts]
 
 
 def test_the_default_grid_is_by_shares_and_horizons(store: Path) -> None:
@@ -203,12 +215,19 @@ def test_reach_ends_before_the_first_horizon_without_skill(tmp_path: Path) -> No
     store = write_run(
         tmp_path, {step: drift * (min(step, 8) - 2 * max(0, step - 8)) for step in range(15)}
     )
-    summary = rs.backtest(store, history_steps=[4], anchor="base", damping=[1.0])
-    skills = {row.horizon: row.skills[0].skill for row in summary.forecasts}
-    assert skills[2.0] == pytest.approx(1)
-    assert skills[3.0] < 0
+    summary = rs.backtest(
+        store,
+        history_steps=[4],
+        target_steps=[5, 6, 7, 8, 12],
+        anchor="latest",
+        damping=[1.0, 0.2],
+    )
+    skills = {row.horizon: [each.skill for each in row.skills] for row in summary.forecasts}
+    assert skills[2.0] == pytest.approx([1, 1 - 0.8**2])
+    assert max(skills[3.0]) < 0
     advice = summary.recommendation
     assert advice is not None
+    assert advice.damping == 0.2
     assert advice.reach == 2.0
     assert advice.reach_is_known
 

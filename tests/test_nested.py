@@ -26,7 +26,7 @@ from tests.test_models import assert_same_model
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
     root = tmp_path_factory.mktemp("nested")
-    return make_trajectory(root, steps=STEPS, tensors=SHAPES, change_share=0.05)
+    return make_trajectory(root, steps=STEPS, tensors=SHAPES, change_share=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +50,34 @@ def beside(made: Trajectory, names: list[str], last: int) -> oracle.History:
 def chosen_damping(
     made: Trajectory, groups: list[list[str]], last: int, target: int, rank: int = 1
 ) -> float:
-    """Return ``sum a G b / sum a G a`` over groups, from the nested window."""
-    inner = max(step for step in STEPS if step <= last * last / target)
-    products = squares = 0.0
+    """Return what the mean skill of forecasts of the last step speaks for, from the weights."""
+    horizon = target / last
+    horizons = {h for h in (1.25, 1.5, 2, 3, 4, 6, 8) if h <= max(2, horizon)} | {horizon}
+    ends = {sum(step <= last / h for step in STEPS) for h in horizons}
+    ends = {rows for rows in ends if rows >= 3} or {3}
+    figures = np.array(
+        [nested_forecast(made, groups, STEPS[rows - 1], last, rank) for rows in ends]
+    )
+    squares, products, stayed = figures.T
+    best = (products / stayed).sum() / (squares / stayed).sum()
+    undamped = np.mean(1 - (stayed - 2 * products + squares) / stayed)
+    best = min(1.0, max(0.0, best))
+    return float(best + (1 - best) * min(1.0, max(0.0, 1 + undamped / 0.2)))
+
+
+def nested_forecast(
+    made: Trajectory, groups: list[list[str]], inner: int, last: int, rank: int
+) -> tuple[float, float, float]:
+    """Return ``a a``, ``a b`` and ``b b`` of a forecast a of the last step, from an inner one."""
+    squares = products = stayed = 0.0
     for names in groups:
         seen, known = beside(made, names, inner), beside(made, names, last)
         forecast = seen.predict(last, rank).delta - seen.predict(inner, rank).delta
         came = known.deltas[-1] - seen.deltas[-1]
-        products += float(forecast @ came)
         squares += float(forecast @ forecast)
-    return products / squares
+        products += float(forecast @ came)
+        stayed += float(came @ came)
+    return squares, products, stayed
 
 
 def every(made: Trajectory) -> list[list[str]]:
@@ -69,7 +87,7 @@ def every(made: Trajectory) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("last", "target", "rank"), [(16, 40, 1), (30, 80, 1), (22, 60, 2), (40, 50, 1)]
 )
-def test_auto_is_what_was_best_from_the_nested_window(
+def test_auto_is_what_the_nested_windows_speak_for(
     run: Trajectory,
     store: Path,
     tmp_path: Path,
@@ -134,22 +152,22 @@ def test_auto_beside_others_and_each_target_its_own(
     summary = rs.extrapolate(
         store,
         tmp_path / "out",
-        target_steps=[50, 80],
+        target_steps=[60, 160],
         damping=["auto", 1.0],
         anchor="latest",
     )
     paths = [Path(output.path).relative_to(tmp_path / "out") for output in summary.outputs]
     assert [path.as_posix() for path in paths] == [
-        "step_50/damping_auto",
-        "step_50/damping_1",
-        "step_80/damping_auto",
-        "step_80/damping_1",
+        "step_60/damping_auto",
+        "step_60/damping_1",
+        "step_160/damping_auto",
+        "step_160/damping_1",
     ]
     chosen = [output.what.get("damping_chosen") for output in summary.outputs]
     assert chosen[1] is None
     assert chosen[0] != chosen[2]
     dry = rs.extrapolate(
-        store, tmp_path / "x", target_steps=[80], damping="auto", anchor="latest", dry_run=True
+        store, tmp_path / "x", target_steps=[160], damping="auto", anchor="latest", dry_run=True
     )
     assert dry.outputs[0].what["damping_chosen"] == pytest.approx(chosen[2], rel=1e-9)
 
@@ -192,25 +210,29 @@ def test_inside_the_history_nothing_is_damped(
 # --- a short history -----------------------------------------------------------------------------
 
 
-def test_too_short_a_history_goes_no_further_than_it_knows(
-    run: Trajectory,
-    tmp_path: Path,
-) -> None:
-    # Steps 1, 2, 3, 4, 6: from step 3 to 6 is twice as far; ten times cannot be known.
-    rs.build_store(run.base, run.checkpoints, tmp_path / "store")
-    with pytest.warns(rs.ForecastWarning, match=r"it tells of 2.00 times as far"):
-        summary = rs.extrapolate(
-            tmp_path / "store",
-            tmp_path / "out",
-            target_steps=[60],
-            history_steps=6,
-            damping="auto",
-            anchor="latest",
-        )
-    best = chosen_damping(run, every(run), 6, 12)
-    # To step 12 the line goes on by 6 steps, to step 60 by 54.
-    expected = best * (12 - 6) / (60 - 6)
-    assert summary.outputs[0].what["damping_chosen"] == pytest.approx(expected, rel=1e-6)
+def test_too_short_a_history_goes_by_what_it_has_and_says_so(tmp_path: Path) -> None:
+    drift = np.random.default_rng(0).integers(-9, 9, (20, 30)).astype(np.float64)
+    at = [0.0, 8.0, 16.0, 24.0, 27.0, 30.0, 32.0]  # a run that slows down
+    made = write_run(tmp_path, {step: drift * place for step, place in enumerate(at)})
+    # From step 3 to 6 is twice as far; ten times cannot be known.
+    told = (
+        r"too short to know how forecasts do as far ahead as step 60, 10.00 times as far: "
+        r"--damping auto \(0.36\) goes by forecasts of step 6 from 3 and 4 \(up to 2.00 times"
+    )
+    with pytest.warns(rs.ForecastWarning, match=told):
+        (output,) = rs.extrapolate(
+            made, tmp_path / "out", target_steps=[60], damping="auto", anchor="latest"
+        ).outputs
+    shares = []
+    for rows in (3, 4):
+        slope = np.polyfit(range(1, rows + 1), at[1 : rows + 1], 1)[0]
+        went, came = slope * (6 - rows), at[6] - at[rows]
+        shares.append((went**2 / came**2, went / came))
+    squares, products = np.mean(shares, axis=0)
+    best = products / squares
+    undamped = 2 * products - squares
+    expected = best + (1 - best) * max(0, 1 + undamped / 0.2)
+    assert output.what["damping_chosen"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("last", "options"), [(3, {}), (6, {"fit": "polynomial:4"})])
@@ -257,11 +279,16 @@ def test_a_forecast_that_failed_as_far_ahead_is_told_of_with_its_skill(tmp_path:
     with pytest.warns(rs.ForecastWarning) as told:
         rs.extrapolate(made, tmp_path / "out", target_steps=[24], dry_run=True)
     (message,) = [str(each.message) for each in told]
-    # From step 6 to 12 the line goes on to 12 drifts, and 3 came: missed by 9, where staying
-    # missed by 3.
-    assert message.startswith("from step 6 to 12, as far ahead as step 24 is now, --anchor base")
-    assert f"had a skill of {1 - 9**2 / 3**2:.2f}" in message
-    assert "--damping auto takes -0.50" in message
+    assert message.startswith(
+        "forecasts of step 12 from 6, 8 and 9 (up to 2.00 times as far) with --anchor base "
+        "--damping 1 had a mean skill of "
+    )
+    # The one from step 6 goes on to 12 drifts, and 3 came: missed by 9, where staying missed by 3.
+    summary = rs.backtest(made, target_steps=[12], history_steps=[6, 8, 9], exact=True)
+    skills = [row.skills[-1].skill for row in summary.forecasts if row.anchor == "base"]
+    assert skills[0] == pytest.approx(1 - 9**2 / 3**2)
+    assert f"had a mean skill of {np.mean(skills):.2f} (below 0" in message
+    assert "--damping auto takes 0.00;" in message
 
 
 def test_nothing_is_told_of_what_had_skill_or_cannot_be_known(

@@ -14,8 +14,9 @@ from relex_stream.skill import (
     Cell,
     Setting,
     best_damping,
-    furthest_nested_cell,
-    nested_cell,
+    chosen_damping,
+    mean_moments,
+    nested_cells,
     skill,
 )
 from tests.test_analysis import STEPS, sketched, trajectory
@@ -115,21 +116,62 @@ def test_a_history_too_short_for_a_fit_is_refused() -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     gaps=st.lists(st.integers(1, 9), min_size=5, max_size=40),
+    least=st.integers(3, 6),
     data=st.data(),
 )
-def test_a_nested_forecast_goes_as_far_in_proportion(gaps: list[int], data: st.DataObject) -> None:
+def test_nested_forecasts_are_of_the_last_step_and_go_as_far_in_proportion(
+    gaps: list[int], least: int, data: st.DataObject
+) -> None:
     steps = np.cumsum(gaps).tolist()
     rows = data.draw(st.integers(2, len(steps) - 1))
-    target = data.draw(st.integers(rows, len(steps) - 1))
-    found = nested_cell(steps[:rows], steps[target])
-    last = steps[rows - 1]
-    limit = last * last / steps[target]
-    inside = sum(step <= limit for step in steps[:rows])
-    furthest = furthest_nested_cell(steps[:rows])
-    assert furthest == (Cell(3, rows - 1) if rows > 3 else None)
-    if found is None:
-        assert inside < 3 or inside >= rows
-        return
-    assert found == Cell(inside, rows - 1)
-    # As far, or further by less than the distance of two checkpoints.
-    assert last / steps[found.rows - 1] >= steps[target] / last - 1e-9
+    history, last = steps[:rows], steps[rows - 1]
+    target = data.draw(st.integers(last + 1, 9 * last))
+    found = nested_cells(history, target, least)
+    assert bool(found) == (rows > least)
+    assert found == sorted(found)
+    assert all(cell.target == rows - 1 and least <= cell.rows < rows for cell in found)
+    # The one that stands for the target: the last checkpoint that is as far before the end.
+    inside = sum(step <= last * last / target for step in history)
+    if found and least <= inside < rows:
+        assert found[0].rows <= inside
+        assert Cell(inside, rows - 1) in found
+    # Others are no further, but up to twice as far.
+    limit = max(2.0, target / last)
+    least_further = [step for step in history if step * limit <= last]
+    if len(least_further) >= least:
+        assert found[0].rows == len(least_further)
+
+
+def moments_of(*skills: tuple[float, float], onward: float = 1.0) -> np.ndarray:
+    """Return moments of forecasts with a best damping and the skill that it has."""
+    rows = [
+        (value / damping**2 * onward, value / damping * onward, onward, onward)
+        for damping, value in skills
+    ]
+    return np.array(rows)
+
+
+def test_mean_moments_have_the_mean_skill_at_any_damping() -> None:
+    rng = np.random.default_rng(0)
+    moments = rng.random((5, 3, 4)) + 0.1
+    moments[1, 2, 3] = 0.0  # there the model did not go on
+    found = mean_moments(moments)
+    for damping in (0.0, 0.4, 1.0):
+        expected = np.nanmean(skill(moments, damping), axis=0)
+        np.testing.assert_allclose(skill(found, damping), expected)
+    assert chosen_damping(mean_moments(np.zeros((2, 4)))) == 0.0
+
+
+def test_the_chosen_damping_is_the_best_or_more_as_undamped_forecasts_did_well() -> None:
+    # S(1) of a best damping l with skill s is s (2 / l - 1 / l^2).
+    doubted = moments_of((0.3, 0.06))[0]
+    assert skill(doubted, 1.0) < -0.2
+    assert chosen_damping(doubted) == pytest.approx(0.3)
+    half = moments_of((0.3, 0.1 / (1 / 0.09 - 2 / 0.3)))[0]
+    assert skill(half, 1.0) == pytest.approx(-0.1)
+    assert chosen_damping(half) == pytest.approx((0.3 + 1) / 2)
+    good = moments_of((0.6, 0.2))[0]
+    assert skill(good, 1.0) > 0
+    assert chosen_damping(good) == 1.0
+    assert chosen_damping(moments_of((1.7, 0.2))[0]) == 1.0
+    assert chosen_damping(moments_of((-0.4, 0.2))[0]) == 0.0
