@@ -1,64 +1,47 @@
 """Models from a store: statistics, the weights of each step, one weighted sum per block.
 
 Every model is the base plus a linear combination of stored changes in each tensor, ``theta_0 +
-M^T w`` (docs/design.md); a method (`methods`) says which w. All models of a job are written in the
-same passes.
+M^T w`` (docs/design.md); a method (`methods`) says which w. Models with the
+same statistics are written in the same passes; all of a command appear together.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from relex_stream import cards, machine, planner
+from relex_stream import machine, planner
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights, base_directory, open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.blocks import float_pairs
 from relex_stream.devices import parse_devices, wants_gpu_processes
+from relex_stream.documents import OWN_FILES, Made, common_settings, write_index
 from relex_stream.errors import DeviceError, RelexStreamWarning
-from relex_stream.fit import Forecast
 from relex_stream.graph import Executor, open_executor
 from relex_stream.methods import product_paths
-from relex_stream.model_writes import Mix, Source, pieces, write_blocks
+from relex_stream.mixing import figures_of, medians, mixes_of
+from relex_stream.model_writes import Mix, Source, write_blocks
 from relex_stream.nested import with_dampings
 from relex_stream.offload import Offload
 from relex_stream.outline import Outline, output_passes
 from relex_stream.paths import refuse_inside
-from relex_stream.request import Job
-from relex_stream.sketch import Subspace, cumulate_transposed
+from relex_stream.request import Batch, Job, batches_of
+from relex_stream.sketch import Subspace
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
-from relex_stream.subspaces import (
-    changed_tensors,
-    fetching_first_blocks,
-    predicted_tensors,
-    solve_subspaces,
-    subspace_name,
-)
-from relex_stream.summaries import ModelsSummary, Output, Plan, SubspaceFigures
+from relex_stream.subspaces import changed_tensors, fetching_first_blocks, solve_subspaces
+from relex_stream.summaries import ModelsSummary, Output, Plan
 from relex_stream.warmup import Pairs, warm_up_extrapolation, warm_up_half_deltas
-from relex_stream.writer import MARKER, OutputDirectory
-
-Float64 = NDArray[np.float64]
-
-_OWN_FILES = ("README.md", MARKER)
-
-_GROUPS_AT_ONCE = 1024
+from relex_stream.writer import OutputDirectory
 
 
 @dataclass(frozen=True)
@@ -93,15 +76,15 @@ class RunOptions:
 
 
 def make_models(
-    store_path: Path, out: Path, ask: Callable[[Store], Job], options: RunOptions
+    store_path: Path, out: Path, ask: Callable[[Store], Sequence[Job]], options: RunOptions
 ) -> ModelsSummary:
-    """Make the models of a job.
+    """Make the models of some jobs.
 
     Parameters
     ----------
     store_path, out : Path
     ask : callable
-        Returns the job, or raises what is wrong with it.
+        Returns the jobs, or raises what is wrong with them.
     options : RunOptions
     """
     started = time.monotonic()
@@ -113,32 +96,23 @@ def make_models(
         # Workers have working directories of their own.
         store_path, base = store_path.absolute(), base and base.absolute()
     store = Store(store_path)
-    job = with_dampings(
-        store,
-        ask(store),
-        base=base,
-        memory_limit=options.memory_limit,
-        progress=progress,
-    )
-    _warn_inside(job)
+    jobs = [
+        with_dampings(store, job, base=base, memory_limit=options.memory_limit, progress=progress)
+        for job in ask(store)
+    ]
+    _warn_inside(jobs)
+    batches = batches_of(jobs)
     refuse_inside(out, store.path, "OUT", "STORE")
     directory = base_directory(store, base)
     if directory is not None:
         refuse_inside(out, directory, "OUT", "the base")
-    prefixes = [path + "/" if path else "" for path in product_paths(job.method.products)]
-    assemblies = [
-        Assembly(
-            store,
-            store.manifest.base_files,
-            prefix=prefix,
-            in_base_dtype=True,
-            replaced=_OWN_FILES,
-        )
-        for prefix in prefixes
-    ]
+    paths = product_paths([product for batch in batches for product in batch.products])
+    left = iter(path + "/" if path else "" for path in paths)
+    prefixes = [[next(left) for _ in batch.products] for batch in batches]
+    assemblies = [[_assembly(store, prefix) for prefix in each] for each in prefixes]
     output = OutputDirectory(out, overwrite=options.overwrite)
-    output.check(sum(assembly.nbytes for assembly in assemblies))
-    figures: list[SubspaceFigures] = []
+    output.check(sum(assembly.nbytes for each in assemblies for assembly in each))
+    made: list[Made] = []
     with (
         CheckpointReader() as reader,
         open_executor(
@@ -151,96 +125,163 @@ def make_models(
         ) as executor,
     ):
         weights_of_base = open_base(store, base, reader)
-        outline = Outline(store, job, len(assemblies), options.entry_capacity)
-        offload, devices_reason = outline.choose_devices(
-            options.devices, options.device_memory_limit, executor.places()
-        )
+        planned = [
+            _Planned(
+                batch,
+                prefixes[number],
+                assemblies[number],
+                Outline(store, batch, len(batch.products), options.entry_capacity),
+                options,
+                executor,
+            )
+            for number, batch in enumerate(batches)
+        ]
         # The disk has something to do while kernels are loaded.
         fetching: AbstractContextManager[Any] = nullcontext()
-        if executor.is_local and not options.dry_run and job.subspaces is not None:
-            fetching = fetching_first_blocks(store, weights_of_base, job.subspaces)
+        first = batches[0].subspaces
+        if executor.is_local and not options.dry_run and first is not None:
+            fetching = fetching_first_blocks(store, weights_of_base, first)
         with fetching:
-            pairs = float_pairs(store.manifest.tensors)
-            capacity = executor.prepare(_warm_up, (pairs, offload, job.half_deltas), progress)
+            capacity = planned[0].prepare(store, progress)
         executor.check_sees([store.path, *([directory] if directory is not None else [])])
-        plan, outputs_at_once = outline.plan(assemblies, capacity, offload)
-        plan = replace(
-            plan,
-            devices=offload.plan if offload is not None else None,
-            devices_reason=devices_reason,
-        )
+        plans = [each.plan(capacity) for each in planned]
+        plan = planner.joint_plan([each for each, _ in plans])
         if idle := planner.idle_workers(plan, capacity):
             progress.note(idle)
         if not options.dry_run:
             with output:
                 executor.check_sees([output.filler.directory])
-                run = _Run(
-                    store, weights_of_base, job, options, executor, plan.workers, progress, offload
-                )
-                subspaces = run.subspaces()
-                figures = _figures(store, job, subspaces)
-                mixes = _mixes(store, job, subspaces)
-                del subspaces
-                for assembly in assemblies:
-                    assembly.begin(output)
-                run.write(output, assemblies, mixes, outputs_at_once)
-                _write_documents(store, job, prefixes, figures, output)
+                for number, each in enumerate(planned):
+                    if number:
+                        each.prepare(store, progress)
+                    run = _Run(store, weights_of_base, each, plans[number][0].workers, progress)
+                    found = run.make(output, plans[number][1])
+                    # Of one job they are told of; those of many could be very many.
+                    made += found if len(jobs) == 1 else [each.without_figures() for each in found]
+                write_index(made, output)
                 output.finish()
         peak_bytes = executor.peak_bytes()
     return _summary(
         store,
-        [str(out / prefix.rstrip("/")) for prefix in prefixes],
-        job,
+        [out / path for path in paths],
+        [job for batch in batches for job in batch.jobs],
         plan,
-        figures,
+        made,
         dry_run=options.dry_run,
         peak_bytes=peak_bytes,
         elapsed_s=time.monotonic() - started,
     )
 
 
+def _assembly(store: Store, prefix: str) -> Assembly:
+    return Assembly(
+        store, store.manifest.base_files, prefix=prefix, in_base_dtype=True, replaced=OWN_FILES
+    )
+
+
+class _Planned:
+    """A batch, where its models go, and what works on it.
+
+    Parameters
+    ----------
+    batch : Batch
+    prefixes : sequence of str
+        Directory of each model below the output.
+    assemblies : sequence of Assembly
+    outline : Outline
+    options : RunOptions
+    executor : Executor
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        prefixes: Sequence[str],
+        assemblies: Sequence[Assembly],
+        outline: Outline,
+        options: RunOptions,
+        executor: Executor,
+    ) -> None:
+        self.batch = batch
+        self.prefixes = prefixes
+        self.assemblies = assemblies
+        self.options = options
+        self.executor = executor
+        self._outline = outline
+        self.offload, self._devices_reason = outline.choose_devices(
+            options.devices, options.device_memory_limit, executor.places()
+        )
+
+    def prepare(self, store: Store, progress: Progress) -> planner.Capacity:
+        """Get ready what will work on it, and say what a plan may count on there."""
+        pairs = float_pairs(store.manifest.tensors)
+        what = (pairs, self.offload, self.batch.half_deltas)
+        return self.executor.prepare(_warm_up, what, progress)
+
+    def plan(self, capacity: planner.Capacity) -> tuple[Plan, int]:
+        """Return the plan, and how many models to write in one pass."""
+        plan, at_once = self._outline.plan(self.assemblies, capacity, self.offload)
+        devices = self.offload.plan if self.offload is not None else None
+        return replace(plan, devices=devices, devices_reason=self._devices_reason), at_once
+
+
 @dataclass(frozen=True)
 class _Run:
-    """Stages of a job, and what they run on."""
+    """The stages of a batch, and what they run on."""
 
     store: Store
     base: BaseWeights
-    job: Job
-    options: RunOptions
-    executor: Executor
+    planned: _Planned
     workers: int
     progress: Progress
-    offload: Offload | None
 
-    def subspaces(self) -> dict[str, Subspace]:
+    def make(self, output: OutputDirectory, at_once: int) -> list[Made]:
+        """Make the models of the batch, so many in a pass, with their documents."""
+        batch, assemblies = self.planned.batch, self.planned.assemblies
+        subspaces = self._subspaces()
+        made = [
+            Made(self.store, job, tuple(prefixes), tuple(figures_of(self.store, job, subspaces)))
+            for job, prefixes in self._by_job()
+        ]
+        mixes = mixes_of(self.store, batch, subspaces)
+        del subspaces
+        for assembly in assemblies:
+            assembly.begin(output)
+        self._write(output, mixes, at_once)
+        for each in made:
+            each.write_documents(output)
+        return made
+
+    def _by_job(self) -> Iterator[tuple[Job, list[str]]]:
+        left = iter(self.planned.prefixes)
+        for job in self.planned.batch.jobs:
+            yield job, [next(left) for _ in job.products]
+
+    def _subspaces(self) -> dict[str, Subspace]:
         """Return the subspace of every group, by name; none if the weights need none."""
-        if self.job.subspaces is None:
+        options = self.planned.batch.subspaces
+        if options is None:
             return {}
         return solve_subspaces(
             self.store,
             self.base,
-            self.job.subspaces,
-            executor=self.executor,
+            options,
+            executor=self.planned.executor,
             workers=self.workers,
             progress=self.progress,
-            entry_capacity=self.options.entry_capacity,
-            offload=self.offload,
+            entry_capacity=self.planned.options.entry_capacity,
+            offload=self.planned.offload,
         )
 
-    def write(
-        self,
-        output: OutputDirectory,
-        assemblies: Sequence[Assembly],
-        mixes: Mapping[int, Mix],
-        at_once: int,
-    ) -> None:
+    def _write(self, output: OutputDirectory, mixes: Mapping[int, Mix], at_once: int) -> None:
         """Write the blocks of all models, so many models in a pass."""
+        batch, assemblies = self.planned.batch, self.planned.assemblies
         source = Source(
             self.store,
             self.base,
-            self.job.rows,
-            self.options.entry_capacity,
-            self.job.half_deltas,
+            batch.rows,
+            self.planned.options.entry_capacity,
+            batch.half_deltas,
         )
         for (first, stop), name in output_passes(len(assemblies), at_once):
             write_blocks(
@@ -248,197 +289,77 @@ class _Run:
                 output,
                 assemblies[first:stop],
                 {column: mix.part(first, stop) for column, mix in mixes.items()},
-                group_by=self.job.group_by,
+                group_by=batch.group_by,
                 name=name,
-                executor=self.executor,
+                executor=self.planned.executor,
                 workers=self.workers,
                 progress=self.progress,
-                offload=self.offload,
+                offload=self.planned.offload,
             )
 
 
-def _warn_inside(job: Job) -> None:
-    last = job.method.history[-1]
-    targets = {product.facts.get("target_step", math.inf) for product in job.method.products}
-    for target in sorted(targets):
-        if target <= last:
-            warnings.warn(
-                f"target step {target} lies inside the history (up to step {last}): "
-                "the output is the fitted line there, not the stored checkpoint "
-                "(relex-stream export gives that)",
-                RelexStreamWarning,
-                stacklevel=3,
-            )
-
-
-# --- from subspaces to weights -------------------------------------------------------------------
-
-
-def _figures(store: Store, job: Job, subspaces: Mapping[str, Subspace]) -> list[SubspaceFigures]:
-    recorded = _recorded_squares(store, job) if subspaces else {}
-    r2 = _r_squared_of_all(job.method.forecast, subspaces.values())
-    figures = []
-    for name, subspace in subspaces.items():
-        total = recorded[name] if subspace.total_sq is None else subspace.total_sq
-        singular_values = subspace.singular_values.tolist()
-        explained = np.cumsum(subspace.singular_values**2).tolist()
-        figures.append(
-            SubspaceFigures(
-                name=name,
-                singular_values=tuple(singular_values),
-                explained_variance=tuple(
-                    min(1.0, each / total) if total > 0 else 1.0 for each in explained
-                ),
-                r2=tuple(islice(r2, len(singular_values))),
-            )
-        )
-    return sorted(figures, key=lambda figure: figure.name)
-
-
-def _recorded_squares(store: Store, job: Job) -> dict[str, float]:
-    """Return ``|M|^2`` of each group of whole tensors, from the store's records."""
-    assert job.subspaces is not None
-    by_tensor = store.delta_sq[: job.rows].sum(axis=0).tolist()
-    squares: dict[str, list[float]] = {}
-    for tensor in predicted_tensors(store, job.subspaces):
-        name = subspace_name(pieces(tensor, "tensor")[0][0], job.group_by)
-        squares.setdefault(name, []).append(by_tensor[tensor.index])
-    return {name: math.fsum(each) for name, each in squares.items()}
-
-
-def _r_squared_of_all(forecast: Forecast | None, subspaces: Iterable[Subspace]) -> Iterator[float]:
-    """Yield the R2 of each column of each group."""
-    if forecast is None:
-        return
-    # Columns of many groups at once, one behind the other: they may be very many.
-    left = iter(subspaces)
-    while some := list(islice(left, _GROUPS_AT_ONCE)):
-        columns = [subspace.vectors * subspace.singular_values for subspace in some]
-        yield from forecast.r_squared(np.concatenate(columns, axis=1)).tolist()
-
-
-def _mixes(store: Store, job: Job, subspaces: Mapping[str, Subspace]) -> dict[int, Mix]:
-    """Return how the outputs of each piece come about, by the column of its first block."""
-    method, products = job.method, len(job.method.products)
-    row_after = {step: row + 1 for row, step in enumerate(method.history)}
-    row_after[0] = 0
-    shared: dict[str, Float64] = {
-        name: cumulate_transposed(method.weights(subspace.vectors))
-        for name, subspace in subspaces.items()
-        if subspace.singular_values.size
+def _warn_inside(jobs: Sequence[Job]) -> None:
+    inside = {
+        (product.facts["target_step"], job.method.history[-1])
+        for job in jobs
+        for product in job.products
+        if product.facts.get("target_step", math.inf) <= job.method.history[-1]
     }
-    if job.subspaces is None:
-        alike = cumulate_transposed(method.weights(np.zeros((job.rows, 0))))
-    nothing = np.zeros((job.rows, products))
-    mixes: dict[int, Mix] = {}
-    for tensor in changed_tensors(store, job.rows):
-        copies = {number: row_after[step] for number, step in method.copies(tensor.name).items()}
-        if not job.selection.takes(tensor.name):
-            rows = job.rows if job.selection.excluded_from == "latest" else 0
-            copies = dict.fromkeys(range(products), rows)
-        for blocks in pieces(tensor, job.group_by):
-            if job.subspaces is None:
-                changes: Float64 | None = alike
-            else:
-                changes = shared.get(subspace_name(blocks[0], job.group_by))
-            if copies:
-                changes = nothing.copy() if changes is None else changes.copy()
-                changes[:, list(copies)] = 0.0
-            if changes is not None:
-                mixes[blocks[0].column] = Mix(changes, tuple(copies.items()))
-    forecast = method.forecast
-    if forecast is not None and forecast.unrefined:
+    for target, last in sorted(inside):
         warnings.warn(
-            f"the frequency of {forecast.unrefined} sinusoids could not be refined, and is that of "
-            "the Fourier transform's peak: those coefficients do not oscillate; --fit linear "
-            "describes them as well",
+            f"target step {target} lies inside the history (up to step {last}): "
+            "the output is the fitted line there, not the stored checkpoint "
+            "(relex-stream export gives that)",
             RelexStreamWarning,
             stacklevel=3,
         )
-    return mixes
-
-
-# --- documents -----------------------------------------------------------------------------------
-
-
-def _write_documents(
-    store: Store,
-    job: Job,
-    prefixes: Sequence[str],
-    figures: Sequence[SubspaceFigures],
-    output: OutputDirectory,
-) -> None:
-    outputs = list(zip(job.method.products, prefixes, strict=True))
-    for product, prefix in outputs:
-        explained, r2 = _medians(figures, product.facts.get("rank"))
-        card = cards.model_card(
-            store,
-            settings=job.settings,
-            facts=product.facts,
-            median_explained_variance=explained,
-            median_r2=r2,
-        )
-        output.write_file(prefix + "README.md", card)
-    for product, prefix in outputs:
-        written = [name.removeprefix(prefix) for name in output.files if name.startswith(prefix)]
-        record = cards.record(
-            store,
-            settings=job.settings,
-            facts=product.facts,
-            figures=figures,
-            files=[*written, MARKER],
-        )
-        output.write_file(prefix + MARKER, record)
-    if len(outputs) > 1:
-        index = {
-            "outputs": [
-                {"path": prefix.rstrip("/"), **product.facts} for product, prefix in outputs
-            ],
-            **job.settings,
-            "files": [*output.files, MARKER],
-        }
-        output.write_file(MARKER, (json.dumps(index, indent=1) + "\n").encode())
-
-
-def _medians(
-    figures: Sequence[SubspaceFigures], rank: int | None
-) -> tuple[float | None, float | None]:
-    explained = [figure.explained_of(rank) for figure in figures]
-    r2 = [figure.r2[0] for figure in figures if figure.r2]
-    return (
-        statistics.median(explained) if explained else None,
-        statistics.median(r2) if r2 else None,
-    )
 
 
 def _summary(
     store: Store,
-    paths: Sequence[str],
-    job: Job,
+    paths: Sequence[Path],
+    jobs: Sequence[Job],
     plan: Plan,
-    figures: Sequence[SubspaceFigures],
+    made: Sequence[Made],
     *,
     dry_run: bool,
     peak_bytes: int,
     elapsed_s: float,
 ) -> ModelsSummary:
-    last = job.method.history[-1]
-    products = job.method.products
-    explained, r2 = _medians(figures, max((p.facts.get("rank", 1) for p in products), default=1))
-    changed = changed_tensors(store, job.rows)
+    common, differing = common_settings(jobs)
+    outputs = [
+        Output(
+            str(path),
+            {**differing[number], **product.facts},
+            product.facts.get("target_step", math.inf) <= job.method.history[-1],
+        )
+        for (number, job, product), path in zip(
+            ((n, job, product) for n, job in enumerate(jobs) for product in job.products),
+            paths,
+            strict=True,
+        )
+    ]
+    # Medians over one subspace per group: of several jobs each model's record has its own.
+    figures = made[0].figures if len(made) == 1 else ()
+    highest = max((output.what.get("rank", 1) for output in outputs), default=1)
+    explained, r2 = medians(figures, highest)
+    longest = max(jobs, key=lambda job: job.rows)
+    changed = changed_tensors(store, longest.rows)
     tracked = [tensor for tensor in store.manifest.tensors if tensor.kind == "tracked"]
+    selection = jobs[0].selection
     return ModelsSummary(
         store=str(store.path),
         dry_run=dry_run,
-        outputs=tuple(
-            Output(path, dict(product.facts), product.facts.get("target_step", math.inf) <= last)
-            for product, path in zip(products, paths, strict=True)
-        ),
-        history=job.method.history,
-        settings={name: value for name, value in job.settings.items() if name != "history"},
+        outputs=tuple(outputs),
+        history=longest.method.history,
+        settings=common,
         tensors=len(store.manifest.tensors),
         unchanged_tensors=len(tracked) - len(changed),
-        excluded_tensors=sum(not job.selection.takes(tensor.name) for tensor in tracked),
+        excluded_tensors=(
+            sum(not selection.takes(tensor.name) for tensor in tracked)
+            if all(job.selection == selection for job in jobs)
+            else 0
+        ),
         median_explained_variance=explained,
         median_r2=r2,
         bytes_read=sum(stage.read_bytes for stage in plan.stages),
@@ -446,7 +367,7 @@ def _summary(
         peak_memory_bytes=peak_bytes,
         elapsed_s=elapsed_s,
         plan=plan,
-        figures=tuple(figures),
+        figures=figures,
     )
 
 

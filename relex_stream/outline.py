@@ -13,7 +13,7 @@ from relex_stream.assemble import Assembly
 from relex_stream.blocks import model_shape
 from relex_stream.errors import DeviceError, MemoryLimitError
 from relex_stream.offload import Offload, choose_offload
-from relex_stream.request import Job
+from relex_stream.request import Batch
 from relex_stream.store import Store
 from relex_stream.subspaces import (
     BlockTotals,
@@ -45,14 +45,14 @@ class Outline:
     Parameters
     ----------
     store : Store
-    job : Job
+    job : Batch
     outputs : int
         Models to write.
     entry_capacity : int
         As in `RunOptions`.
     """
 
-    def __init__(self, store: Store, job: Job, outputs: int, entry_capacity: int) -> None:
+    def __init__(self, store: Store, job: Batch, outputs: int, entry_capacity: int) -> None:
         self._store = store
         self._outputs = outputs
         self._entry_capacity = entry_capacity

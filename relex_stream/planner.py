@@ -9,7 +9,7 @@ well below them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from relex_stream.costs import MOST_TASKS
 from relex_stream.errors import MemoryLimitError
@@ -359,6 +359,38 @@ def make_plan(stages: Sequence[StagePlan], capacity: Capacity, *, shared_bytes: 
         projected_bytes=max(fixed + chosen * widest.worker_bytes, command),
         stages=tuple(stages),
     )
+
+
+def joint_plan(plans: Sequence[Plan]) -> Plan:
+    """Return the plan of what is done one after the other.
+
+    Memory and devices are those of the part that takes most; workers the fewest that any has.
+
+    Parameters
+    ----------
+    plans : sequence of Plan
+        At least one, of the same processes. Stages of several are numbered by part.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    most = max(plans, key=lambda plan: plan.projected_bytes)
+    on_devices = [plan for plan in plans if plan.devices is not None]
+    device = max(on_devices, key=_device_bytes, default=most)
+    return replace(
+        most,
+        workers=min(plan.workers for plan in plans),
+        stages=tuple(
+            replace(stage, name=f"{number}: {stage.name}")
+            for number, plan in enumerate(plans, start=1)
+            for stage in plan.stages
+        ),
+        devices=device.devices,
+        devices_reason=device.devices_reason,
+    )
+
+
+def _device_bytes(plan: Plan) -> int:
+    return 0 if plan.devices is None else plan.devices.projected_bytes
 
 
 def idle_workers(plan: Plan, capacity: Capacity) -> str | None:

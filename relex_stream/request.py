@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from relex_stream.errors import FitError, OptionError
 from relex_stream.fit import Fit
 from relex_stream.grouping import GROUPINGS, Selection
-from relex_stream.methods import ANCHORS, AUTO, Combination, Extrapolation, Method, Reconstruction
+from relex_stream.methods import (
+    ANCHORS,
+    AUTO,
+    Combination,
+    Extrapolation,
+    Method,
+    Product,
+    Reconstruction,
+)
 from relex_stream.recipes import parse_recipe, parse_weights
 from relex_stream.store import Store
 from relex_stream.store.read import describe_steps
@@ -28,11 +37,21 @@ class Job:
         None: the weights need none.
     selection : Selection
         Tensors that are not of it are copied.
+    levels : tuple of (str, value)
+        What tells its products from those of other jobs, as in `methods.Product`.
     """
 
     method: Method
     subspaces: SubspaceOptions | None = None
     selection: Selection = field(default_factory=Selection)
+    levels: tuple[tuple[str, Any], ...] = ()
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """What it makes."""
+        return tuple(
+            replace(each, levels=(*self.levels, *each.levels)) for each in self.method.products
+        )
 
     @property
     def rows(self) -> int:
@@ -68,6 +87,62 @@ class Job:
                 "excluded_from": self.selection.excluded_from,
             }
         return settings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Jobs with the same statistics, whose models are written in the same passes.
+
+    Attributes
+    ----------
+    jobs : tuple of Job
+        At least one.
+    """
+
+    jobs: tuple[Job, ...]
+
+    @property
+    def rows(self) -> int:
+        """As in `Job`: the same for all."""
+        return self.jobs[0].rows
+
+    @cached_property
+    def subspaces(self) -> SubspaceOptions | None:
+        """As in `Job`, with the highest rank."""
+        first = self.jobs[0].subspaces
+        if first is None:
+            return None
+        ranks = [job.subspaces.rank for job in self.jobs if job.subspaces is not None]
+        return replace(first, rank=max(ranks))
+
+    @property
+    def selection(self) -> Selection:
+        """As in `Job`: the same for all."""
+        return self.jobs[0].selection
+
+    @property
+    def group_by(self) -> str:
+        """As in `Job`: the same for all."""
+        return self.jobs[0].group_by
+
+    @property
+    def half_deltas(self) -> bool:
+        """As in `Job`: the same for all."""
+        return self.jobs[0].half_deltas
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """What its jobs make, one job after the other."""
+        return tuple(product for job in self.jobs for product in job.products)
+
+
+def batches_of(jobs: Sequence[Job]) -> list[Batch]:
+    """Put jobs with the same statistics together; all else stays in its order."""
+    found: dict[Any, list[Job]] = {}
+    for job in jobs:
+        options = None if job.subspaces is None else replace(job.subspaces, rank=1)
+        found.setdefault((job.rows, options, job.selection), []).append(job)
+    return [Batch(tuple(each)) for each in found.values()]
 
 
 def check_extrapolation(

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +20,8 @@ from relex_stream import models
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.graph import Threads
-from relex_stream.request import check_extrapolation
+from relex_stream.mixing import mixes_of
+from relex_stream.request import Batch, Job, check_extrapolation
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import BLOCK_BYTES, NoProgress
 from relex_stream.store import Store
@@ -73,7 +73,10 @@ def build_store(run: Trajectory | RealTrajectory, store: Path, **options: Any) -
 
 def extrapolate(store: Path, out: Path, *, entry_capacity: int, target_step: int = TARGET) -> None:
     """Extrapolate with the internal option that the public function does not have."""
-    ask = partial(check_extrapolation, target_steps=[target_step], rank=2)
+
+    def ask(opened: Store) -> list[Job]:
+        return [check_extrapolation(opened, target_steps=[target_step], rank=2)]
+
     models.make_models(store, out, ask, models.RunOptions(entry_capacity=entry_capacity))
 
 
@@ -108,7 +111,7 @@ def change_weights(
             progress=NoProgress(),
             entry_capacity=entry_capacity,
         )
-    mixes = models._mixes(store, job, subspaces)
+    mixes = mixes_of(store, Batch((job,)), subspaces)
     return {
         name: mixes[tensor.first_block].changes[:, 0]
         for name, tensor in store.tensors.items()

@@ -130,6 +130,8 @@ ROOMS = {
     "methods": Room({"fit", "recipes"}, {"numpy"}, pure=True),
     "request": Room({"fit", "grouping", "methods", "recipes", "store", "subspaces"}),
     "cards": Room({"_version", "methods", "store"}, {"numpy"}),
+    "documents": Room({"cards", "mixing", "request", "store", "writer"}),
+    "mixing": Room({"fit", "model_writes", "request", "sketch", "store", "subspaces"}, {"numpy"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
@@ -150,9 +152,8 @@ ROOMS = {
     ),
     "models": Room(
         BELOW_STAGES
-        | {"assemble", "cards", "devices", "offload", "outline", "subspaces", "warmup"}
-        | {"methods", "model_writes", "nested", "request"},
-        {"numpy"},
+        | {"assemble", "devices", "documents", "offload", "outline", "subspaces", "warmup"}
+        | {"methods", "mixing", "model_writes", "nested", "request"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "store_info": Room({"store"}, {"numpy"}),

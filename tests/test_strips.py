@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -455,7 +454,10 @@ def test_a_strip_whose_changes_are_too_many_is_not_swept_for_each_of_its_blocks(
 
     def extrapolate(out, capacity):
         calls.clear()
-        ask = partial(check_extrapolation, target_steps=[30], rank=2, svd="exact")
+
+        def ask(opened):
+            return [check_extrapolation(opened, target_steps=[30], rank=2, svd="exact")]
+
         make_models(store, out, ask, RunOptions(workers=1, entry_capacity=capacity))
         return read_tree(out), [len(at.blocks) for at in calls]
 

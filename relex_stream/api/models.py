@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 from relex_stream.api.arguments import AnyPath, RunArguments
 from relex_stream.models import RunOptions, make_models
-from relex_stream.request import check_combination, check_extrapolation, check_reconstruction
+from relex_stream.request import (
+    Job,
+    check_combination,
+    check_extrapolation,
+    check_reconstruction,
+)
+from relex_stream.store import Store
 from relex_stream.summaries import ModelsSummary
 
 
@@ -104,25 +109,29 @@ def extrapolate(
     ClusterError, MissingDependencyError
         As in `build_store`.
     """
-    ask = partial(
-        check_extrapolation,
-        target_steps=target_steps,
-        history_steps=history_steps,
-        rank=rank,
-        svd=svd,
-        power_iterations=power_iterations,
-        fit=fit,
-        window=window,
-        refit_every=refit_every,
-        damping=damping,
-        anchor=anchor,
-        group_by=group_by,
-        include=include,
-        exclude=exclude,
-        excluded_from=excluded_from,
-        compat=compat,
-        step_scale=step_scale,
-    )
+
+    def ask(opened: Store) -> list[Job]:
+        job = check_extrapolation(
+            opened,
+            target_steps=target_steps,
+            history_steps=history_steps,
+            rank=rank,
+            svd=svd,
+            power_iterations=power_iterations,
+            fit=fit,
+            window=window,
+            refit_every=refit_every,
+            damping=damping,
+            anchor=anchor,
+            group_by=group_by,
+            include=include,
+            exclude=exclude,
+            excluded_from=excluded_from,
+            compat=compat,
+            step_scale=step_scale,
+        )
+        return [job]
+
     return make_models(Path(store), Path(out), ask, RunOptions(**run))
 
 
@@ -170,21 +179,25 @@ def reconstruct(
     RelexStreamError
         As in `extrapolate`.
     """
-    ask = partial(
-        check_reconstruction,
-        steps=steps,
-        history_steps=history_steps,
-        rank=rank,
-        svd=svd,
-        power_iterations=power_iterations,
-        fitted=fitted,
-        fit=fit,
-        window=window,
-        group_by=group_by,
-        include=include,
-        exclude=exclude,
-        excluded_from=excluded_from,
-    )
+
+    def ask(opened: Store) -> list[Job]:
+        job = check_reconstruction(
+            opened,
+            steps=steps,
+            history_steps=history_steps,
+            rank=rank,
+            svd=svd,
+            power_iterations=power_iterations,
+            fitted=fitted,
+            fit=fit,
+            window=window,
+            group_by=group_by,
+            include=include,
+            exclude=exclude,
+            excluded_from=excluded_from,
+        )
+        return [job]
+
     return make_models(Path(store), Path(out), ask, RunOptions(**run))
 
 
@@ -229,13 +242,17 @@ def combine(
     RelexStreamError
         As in `extrapolate`.
     """
-    ask = partial(
-        check_combination,
-        recipes=recipes,
-        weights=weights,
-        history_steps=history_steps,
-        include=include,
-        exclude=exclude,
-        excluded_from=excluded_from,
-    )
+
+    def ask(opened: Store) -> list[Job]:
+        job = check_combination(
+            opened,
+            recipes=recipes,
+            weights=weights,
+            history_steps=history_steps,
+            include=include,
+            exclude=exclude,
+            excluded_from=excluded_from,
+        )
+        return [job]
+
     return make_models(Path(store), Path(out), ask, RunOptions(**run))
