@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from relex_stream import planner
 from relex_stream.base_weights import BaseWeights
+from relex_stream.block_sweep import BlockRows
 from relex_stream.blocks import BlockOf, Blocks, Workspace, frame_tools, run_capacity
 from relex_stream.codec import Changes
 from relex_stream.errors import CorruptionError
 from relex_stream.sketch import ChangeRows
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store
-from relex_stream.sweep import BlockRows
 from relex_stream.ulp import Bits, advance, advance_rows, advance_rows_half, widen
 
 DEFAULT_ENTRY_CAPACITY = 2 << 20
@@ -314,7 +314,7 @@ class BlockChanges:
         self.tiled = self.fits and not reader.half_deltas
 
     def at_hand(self) -> BlockRows:
-        """Decode all changes, for the kernels of `sweep`; see `tiled`."""
+        """Decode all changes, for the kernels of `block_sweep`; see `tiled`."""
         assert self.tiled
         ((changes, zigzags),) = self._decode()
         origin = self._base_bits

@@ -11,7 +11,7 @@ from numba import njit
 
 SOURCES = (
     *("kernels", "intrinsics", "pages", "checksum", "zstd"),
-    *("ulp", "codec", "sketch", "scan", "sweep"),
+    *("ulp", "codec", "sketch", "scan", "block_sweep"),
 )
 """Modules whose code is compiled into kernels."""
 

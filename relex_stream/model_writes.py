@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from relex_stream.assemble import Assembly
 from relex_stream.base_weights import BaseWeights
 from relex_stream.block_reader import BlockReader, fetch_blocks
+from relex_stream.block_sweep import TILE_COLUMNS, sweep_outputs
 from relex_stream.blocks import BlockOf, Blocks, Workspace, work_on_strips
 from relex_stream.errors import RelexStreamWarning
 from relex_stream.graph import Executor, Stage, grouped
@@ -25,7 +26,6 @@ from relex_stream.specs import Progress
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
 from relex_stream.subspaces import BlockTotals
-from relex_stream.sweep import TILE_COLUMNS, sweep_outputs
 from relex_stream.ulp import Bits, add_rounded, narrow
 from relex_stream.writer import Filler, OutputDirectory
 

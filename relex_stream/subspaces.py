@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from relex_stream import planner
 from relex_stream.base_weights import BaseWeights
 from relex_stream.block_reader import BlockReader, fetch_blocks
+from relex_stream.block_sweep import TILE_COLUMNS, sweep_products
 from relex_stream.blocks import BlockOf, Blocks, Workspace, work_on_strips
 from relex_stream.graph import Executor, Fetcher, Group, Stage, grouped
 from relex_stream.grouping import Selection, group_name, run_blocks
@@ -41,7 +42,6 @@ from relex_stream.sketch import (
 from relex_stream.specs import Progress
 from relex_stream.store import SketchReader, Store
 from relex_stream.store.records import StoredTensor
-from relex_stream.sweep import TILE_COLUMNS, sweep_products
 
 Float64 = NDArray[np.float64]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from relex_stream.block_sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.checksum import extend_each
 from relex_stream.codec import Changes, FrameCodec, take_frames
 from relex_stream.scan import ScanBlocks, scan_buffers, scan_steps, scan_tables
@@ -29,7 +30,6 @@ from relex_stream.sketch import (
     unpack_sketch,
 )
 from relex_stream.specs import Progress
-from relex_stream.sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.ulp import (
     FORMATS,
     FloatFormat,

@@ -11,11 +11,11 @@ import relex_stream as rs
 from relex_stream import blocks, planner
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY, BlockReader
+from relex_stream.block_sweep import sweep_outputs, sweep_products
 from relex_stream.blocks import BlockOf, Workspace
 from relex_stream.sketch import add_gram, add_products, add_weighted_rows, scatter_columns
 from relex_stream.sources import CheckpointReader
 from relex_stream.store import Store
-from relex_stream.sweep import sweep_outputs, sweep_products
 from relex_stream.ulp import add_rounded
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory

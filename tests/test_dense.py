@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relex_stream import dense, planner
+from relex_stream.block_sweep import sweep_outputs, sweep_products
 from relex_stream.dense import DenseBlock, Staging
 from relex_stream.sketch import ChangeRows, add_gram
-from relex_stream.sweep import sweep_outputs, sweep_products
 from relex_stream.ulp import FORMATS, add_rounded, advance_rows, numbers, ordered
 from tests import oracle
-from tests.test_sweep import WIDTHS, Case, cases, make_case, random_patterns
+from tests.test_block_sweep import WIDTHS, Case, cases, make_case, random_patterns
 
 CODES = sorted(FORMATS)
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_products_are_those_of_the_dense_matrix_and_of_the_kernel(device, case, 
     assert (np.abs(found - exact) <= ROUNDING * largest).all()
     by_kernel = np.zeros(coefficients.shape)
     sweep_products(case.rows, coefficients, np.empty((64, width), np.float32), by_kernel)
-    # The kernel's P is float32: as in test_sweep.py, where huge columns leave its range.
+    # The kernel's P is float32: as in test_block_sweep.py, where huge columns leave its range.
     usual = ((case.dense != 0) @ (terms > 1e30)) == 0
     assert (np.abs(found - by_kernel) <= 1e-6 * largest + 1e-12)[usual].all()
 
@@ -238,7 +238,7 @@ def test_nan_payloads_infinities_and_both_zeros(device, code):
 
 def case_of(code: str, bits: list[np.ndarray]) -> Case:
     """Make a case of given patterns, with `make_case`'s own way to find changes."""
-    with mock.patch("tests.test_sweep.random_patterns", side_effect=bits):
+    with mock.patch("tests.test_block_sweep.random_patterns", side_effect=bits):
         return make_case(code, bits[0].size, len(bits) - 1, 1.0, 0)
 
 

@@ -18,6 +18,7 @@ import torch
 from relex_stream import blocks, dense, planner
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY, BlockReader
+from relex_stream.block_sweep import sweep_outputs, sweep_products
 from relex_stream.blocks import BlockOf, Strip, Workspace
 from relex_stream.dense import DenseBlock
 from relex_stream.device_blocks import MIN_ELEMENTS, DeviceBlocks
@@ -25,7 +26,6 @@ from relex_stream.devices import Device, DevicePool, find_devices, parse_devices
 from relex_stream.errors import CorruptionError, RelexStreamWarning
 from relex_stream.sources import CheckpointReader
 from relex_stream.store import Store
-from relex_stream.sweep import sweep_outputs, sweep_products
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory
 from tests.make_stores import build_store

@@ -45,7 +45,7 @@ BELOW_STAGES = {
         "block_reader",
         "pages",
         "checksum",
-        "sweep",
+        "block_sweep",
         "_version",
     ),
 }
@@ -73,7 +73,7 @@ ROOMS = {
         KERNELS,
         pure=True,
     ),
-    "sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
+    "block_sweep": Room({"kernels", "intrinsics", "ulp", "sketch"}, KERNELS, pure=True),
     "fit": Room(set(), {"numpy", "scipy"}, pure=True),
     "planner": Room({"costs"}, pure=True),
     "costs": Room(pure=True),
@@ -104,7 +104,7 @@ ROOMS = {
         {"numpy"} | CHECKSUM,
     ),
     "block_reader": Room(
-        {"blocks", "base_weights", "ulp", "codec", "sketch", "sweep", "planner", "store"},
+        {"blocks", "base_weights", "ulp", "codec", "sketch", "block_sweep", "planner", "store"},
         {"numpy"},
     ),
     # Both of torch's imports there are deferred: the CPU's path does without.
@@ -116,7 +116,9 @@ ROOMS = {
     "offload": Room(
         {"block_reader", "blocks", "device_blocks", "devices", "planner", "costs", "ulp"}, {"numpy"}
     ),
-    "warmup": Room({"checksum", "ulp", "codec", "sketch", "scan", "sweep", "store"}, {"numpy"}),
+    "warmup": Room(
+        {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
+    ),
     "matching": Room({"ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),

@@ -18,6 +18,7 @@ import relex_stream as rs
 from relex_stream import blocks, build, ingest, models, planner, scan
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import BlockReader
+from relex_stream.block_sweep import sweep_outputs
 from relex_stream.blocks import BlockOf, Strip, Workspace, float_formats, work_on_strips
 from relex_stream.models import RunOptions, make_models
 from relex_stream.request import check_extrapolation
@@ -26,7 +27,6 @@ from relex_stream.sources import CheckpointReader
 from relex_stream.specs import DTYPES
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
-from relex_stream.sweep import sweep_outputs
 from tests.crash.replay import read_tree, unsynced
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 from tests.make_stores import build_store

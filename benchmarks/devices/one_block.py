@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from relex_stream import planner
 from relex_stream.base_weights import open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY, BlockReader
+from relex_stream.block_sweep import TILE_COLUMNS, sweep_outputs
 from relex_stream.blocks import BlockOf, Workspace
 from relex_stream.dense import DenseBlock, Staging
 from relex_stream.offload import Offload
@@ -19,7 +20,6 @@ from relex_stream.sketch import OVERSAMPLING, add_weighted_rows, cumulate_transp
 from relex_stream.sources import CheckpointReader
 from relex_stream.store import Store
 from relex_stream.subspaces import Statistics, SubspaceOptions
-from relex_stream.sweep import TILE_COLUMNS, sweep_outputs
 from relex_stream.ulp import Bits, add_rounded
 
 Float64 = NDArray[np.float64]

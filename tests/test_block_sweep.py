@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relex_stream.block_sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.codec import Changes
-from relex_stream.sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.ulp import FORMATS
 from tests import oracle
 
