@@ -1,7 +1,7 @@
 """One block at all its steps as a dense array on a torch device: its products, its outputs.
 
-The counterpart of `block_sweep` for devices that would rather touch every element at every step than
-look for those that changed. A block's changes are scattered into an array of (T, b) integers of
+The counterpart of `block_sweep` for devices that would rather touch every element at every step
+than look for those that changed. A block's changes are scattered into an array of (T, b) integers of
 the weight's width; from there on everything is plain torch, in tiles of columns whose scratch is
 bounded.
 

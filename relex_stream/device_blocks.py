@@ -1,7 +1,7 @@
 """Blocks of a store on borrowed devices: products, Gram matrices and outputs.
 
-What `block_sweep` and `sketch` compute on the CPU from a block's changes, for the blocks where a device
-may pay. Outputs have the same bits as there; products and Gram matrices differ by rounding.
+What `block_sweep` and `sketch` compute on the CPU from a block's changes, for the blocks where a
+device may pay. Outputs have the same bits as there; products and Gram matrices differ by rounding.
 
 This module imports torch: import it once there is a device to use.
 """
