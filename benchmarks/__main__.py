@@ -15,6 +15,7 @@ COMMANDS = {
     "peers": "Time relex-stream beside other programs on the same checkpoints.",
     "compat": "Compare outputs of --compat relex with those of the authors' scripts.",
     "findings": "Measure extrapolations of the small runs by reward.",
+    "ablations": "Change rank, fit, window, anchor and cut-off one by one; measure by reward.",
     "dampings": "Measure rules by which a history might choose its damping, by reward.",
     "memory": "Measure peak memory against model size, number of steps and the limit.",
     "scale": "Measure one and two workers, cost against steps and size, and project.",

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 
 import relex_stream as rs
 from benchmarks.commands import work_directory
-from benchmarks.findings import PROBLEMS, Rewards, cells_of
+from benchmarks.findings import cells_of
 from benchmarks.report import Report, output_options, publish
+from benchmarks.rewards import PROBLEMS, Rewards, standard_error
 from benchmarks.rlvr.runs import RUNS, Run, load_run
 from relex_stream.fit import Fit, Forecast
 from relex_stream.sketch import subspace_of_deltas
@@ -185,7 +186,7 @@ def measure_cell(
         "undamped skill": float(skill(model.mean, 1.0)),
         "dampings": chosen,
         "gains": {name: float(gain.mean()) for name, gain in gains.items()},
-        "errors": {name: float(gain.std() / np.sqrt(gain.size)) for name, gain in gains.items()},
+        "errors": {name: standard_error(gain) for name, gain in gains.items()},
     }
 
 

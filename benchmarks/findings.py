@@ -8,28 +8,23 @@ reward stands the skill that `relex_stream.backtest` tells of the forecast.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 import relex_stream as rs
 from benchmarks.commands import work_directory
 from benchmarks.report import Report, output_options, publish
-from benchmarks.rlvr.runs import RUNS, Run, accuracy, load_run
+from benchmarks.rewards import PROBLEMS, Rewards, lines_by_skill, standard_error
+from benchmarks.rlvr.runs import RUNS, Run, load_run
 
 HISTORY_SHARES = (0.25, 1 / 3, 0.5)
 HORIZONS = (1.5, 2.0, 3.0, 4.0)
-PROBLEMS = 2000
-
-Solved = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -67,37 +62,6 @@ def cells_of(steps: Sequence[int]) -> list[tuple[int, int]]:
                 target = int(stored[np.argmin(np.abs(stored - wanted))])
                 found[last, target] = None
     return list(found)
-
-
-class Rewards:
-    """Measures the models of a run, each stored step once.
-
-    Parameters
-    ----------
-    run : Run
-    place : Path
-        Where models are put meanwhile.
-    problems : int
-    """
-
-    def __init__(self, run: Run, place: Path, problems: int) -> None:
-        self._run = run
-        self._place = place
-        self._problems = problems
-        self._stored: dict[int, Solved] = {}
-
-    def of(self, directory: Path | str) -> Solved:
-        """Return 1 for each problem that a model solves, 0 for others."""
-        return accuracy(directory, self._run.task, self._problems).astype(np.float64)
-
-    def at(self, step: int) -> Solved:
-        """Return the same of a stored step."""
-        if step not in self._stored:
-            directory = self._place / f"step_{step}"
-            rs.export(self._run.store, directory, step=step)
-            self._stored[step] = self.of(directory)
-            shutil.rmtree(directory)
-        return self._stored[step]
 
 
 def measure_cell(run: Run, rewards: Rewards, place: Path, last: int, target: int) -> dict[str, Any]:
@@ -138,7 +102,7 @@ def measure_cell(run: Run, rewards: Rewards, place: Path, last: int, target: int
                 continue  # too short a history to choose
         gain = rewards.of(output.path) - observed
         row["gains"][variant.name] = float(gain.mean())
-        row["errors"][variant.name] = float(gain.std() / np.sqrt(gain.size))
+        row["errors"][variant.name] = standard_error(gain)
         forecast = by_anchor[variant.anchor]
         if variant.damping == "auto":
             row["dampings"][variant.name] = output.what["damping_chosen"]
@@ -180,9 +144,6 @@ def _summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-SKILL_BOUNDS = (-np.inf, -0.5, -0.3, -0.2, -0.1, 0.0, np.inf)
-
-
 def by_skill(rows: Sequence[dict[str, Any]], variant: str) -> list[str]:
     """Return a line for each range of skill: how many forecasts gained or lost two errors or more.
 
@@ -192,19 +153,10 @@ def by_skill(rows: Sequence[dict[str, Any]], variant: str) -> list[str]:
     >>> by_skill([row, row], "x")
     ['x, skill -0.5 to -0.3: 2 forecasts, 0 gains, 2 losses, mean -0.050']
     """
-    lines = []
-    for low, high in pairwise(SKILL_BOUNDS):
-        some = [row for row in rows if low <= (row["skills"].get(variant) or np.nan) < high]
-        if not some:
-            continue
-        gains = np.array([row["gains"][variant] for row in some])
-        errors = np.array([row["errors"][variant] for row in some])
-        lines.append(
-            f"{variant}, skill {low:g} to {high:g}: {len(some)} forecasts, "
-            f"{int((gains > 2 * errors).sum())} gains, {int((gains < -2 * errors).sum())} losses, "
-            f"mean {gains.mean():.3f}"
-        )
-    return lines
+    return lines_by_skill(
+        variant,
+        *([row[key].get(variant) for row in rows] for key in ("skills", "gains", "errors")),
+    )
 
 
 @click.command("findings")

@@ -13,10 +13,14 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 import relex_stream as rs
+from benchmarks.coefficients import coefficients, exact_grams
 from benchmarks.processes import BenchmarkError
 from benchmarks.report import Report
+from relex_stream.fit import Fit, Forecast
+from relex_stream.grouping import group_name
 
 try:
     from matplotlib.axes import Axes
@@ -80,6 +84,104 @@ def draw_store(store: Path) -> Figure:
     )
     axes.legend(frameon=False)
     return figure
+
+
+_FITS = {
+    "linear": ("line", RED),
+    "polynomial:2": ("parabola", OCHRE),
+    "sinusoid": ("sinusoid", GREEN),
+}
+
+_TENSORS_DRAWN = 3
+
+
+def draw_coefficients(store: Path, last: int) -> Figure:
+    """Draw the coefficients of all steps in the subspace of those up to `last`, and fits of these.
+
+    A column for the model as one group and for the tensors that moved furthest, of each module one;
+    a row for each of the first two components. Steps that subspace and fits have not seen are
+    hollow.
+
+    Raises
+    ------
+    BenchmarkError
+        If there are too few steps up to `last` for the fits, or none after it.
+    """
+    steps, grams = exact_grams(store)
+    rows = sum(step <= last for step in steps)
+    least = max(Fit(curve).least_points for curve in _FITS)
+    if not least <= rows < len(steps):
+        raise BenchmarkError(
+            f"{store}: {rows} of {len(steps)} steps are up to {last}; the fits take {least}, and "
+            "some must come after them"
+        )
+    # Ascending, so that of each module what moved furthest stays.
+    ascending = sorted(grams, key=lambda name: float(grams[name][-1, -1]))
+    furthest = {group_name(name, "module"): name for name in ascending}.values()
+    moved = sorted(furthest, key=ascending.index, reverse=True)[:_TENSORS_DRAWN]
+    columns = {"model": sum(grams.values())} | {name: grams[name] for name in moved}
+    figure, axes = new_figure(len(columns), rows=2, height=5, width=11)
+    places = np.asarray(steps, np.float64)
+    forecasts = {curve: Forecast(steps[:rows], steps, Fit(curve)) for curve in _FITS}
+    for column, (name, gram) in enumerate(columns.items()):
+        # As a share of how far the weights had moved when the history ended.
+        found = coefficients(np.asarray(gram), rows, 2) / np.sqrt(gram[rows - 1, rows - 1])
+        for component in range(2):
+            one = axes[component * len(columns) + column]
+            values = found[:, component]
+            _draw_fits(one, places, values[:rows], forecasts)
+            one.plot(
+                places[:rows], values[:rows], "o", color=BLUE, markersize=2.5, label="observed"
+            )
+            one.plot(
+                places[rows:],
+                values[rows:],
+                "o",
+                color=BLUE,
+                markerfacecolor="white",
+                markersize=3,
+                markeredgewidth=0.7,
+                label="later steps, projected",
+            )
+            one.axvline(last, color=GREY, linewidth=0.8)
+            if component == 0:
+                one.set_title(name.removeprefix("model.").removesuffix(".weight"), fontsize=9)
+            else:
+                one.set_xlabel("step")
+    for row, which in ((axes[: len(columns)], "first"), (axes[len(columns) :], "second")):
+        row[0].set_ylabel(f"{which} coefficient", fontsize=9)
+        _keep_in_view(row)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.suptitle(
+        f"In the subspace of steps up to {last}, as shares of the delta at step {last}", fontsize=10
+    )
+    return figure
+
+
+def _draw_fits(
+    axes: Axes, places: NDArray[Any], observed: NDArray[Any], forecasts: Mapping[str, Forecast]
+) -> None:
+    for curve, (label, color) in _FITS.items():
+        predicted = forecasts[curve].predict(observed[:, None])[:, 0]
+        axes.plot(places, predicted, color=color, linewidth=1.2, label=label)
+
+
+def _keep_in_view(row: Sequence[Axes]) -> None:
+    """Give axes one scale: room for lines that overshoot, not for parabolas that leave for good."""
+    steps = np.concatenate(
+        [
+            np.asarray(line.get_ydata())
+            for one in row
+            for line in one.lines
+            if line.get_marker() == "o"
+        ]
+    )
+    least, most = min(steps.min(), 0.0), max(steps.max(), 0.0)
+    limits = np.array([one.get_ylim() for one in row])
+    room = 0.85 * (most - least)
+    for one in row:
+        one.set_ylim(max(limits[:, 0].min(), least - room), min(limits[:, 1].max(), most + room))
 
 
 def draw_codec(report: Report) -> Figure:
@@ -451,10 +553,20 @@ def draw_report(path: Path) -> Figure:
 
 @click.command("pictures")
 @click.option("--store", is_flag=True, help="SOURCE is a store: draw what it takes on the disk.")
+@click.option(
+    "--coefficients",
+    "last",
+    type=click.IntRange(min=1),
+    metavar="STEP",
+    help="SOURCE is a store: draw the coefficients of all steps in the subspace of those to STEP.",
+)
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-def command(source: Path, out: Path, *, store: bool) -> None:
+def command(source: Path, out: Path, *, store: bool, last: int | None) -> None:
     """Draw SOURCE, a report's JSON file, into OUT (.png, .svg)."""
-    figure = draw_store(source) if store else draw_report(source)
+    if last is not None:
+        figure = draw_coefficients(source, last)
+    else:
+        figure = draw_store(source) if store else draw_report(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

@@ -1,16 +1,9 @@
 """One block at all its steps as a dense array on a torch device: its products, its outputs.
 
 The counterpart of `block_sweep` for devices that would rather touch every element at every step
-than look for those that changed. A block's changes are scattered into an array of (T, b) integers of
-the weight's width; from there on everything is plain torch, in tiles of columns whose scratch is
+than look for those that changed. A block's changes are scattered into an array of (T, b) integers
+of the weight's width; from there on everything is plain torch, in tiles of columns whose scratch is
 bounded.
-
-Results are in float64 throughout: products of matrices in float32 may be taken in TF32 or with
-reduced accumulation, as settings of the process or of the library say; those in float64 never
-are, and autocast leaves them alone. Weighted sums are not left to a matrix product at all, see
-`DenseBlock.outputs`.
-
-This module imports torch, which takes a second: import it where a device is used.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 import relex_stream as rs
-from benchmarks import findings
+from benchmarks import findings, rewards
 from benchmarks.__main__ import cli
-from benchmarks.findings import VARIANTS, Rewards, cells_of, measure_cell, summarize
+from benchmarks.findings import VARIANTS, cells_of, measure_cell, summarize
 from benchmarks.report import Report
+from benchmarks.rewards import Rewards
 from benchmarks.rlvr.runs import load_run
 
 
@@ -56,7 +57,7 @@ def fake_accuracy(directory: Path | str, task: str, problems: int) -> np.ndarray
 def test_a_forecast_is_measured_in_every_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findings, "accuracy", fake_accuracy)
+    monkeypatch.setattr(rewards, "accuracy", fake_accuracy)
     run = load_run("product")
     found = measure_cell(run, Rewards(run, tmp_path, 50), tmp_path, 40, 80)
     names = [variant.name for variant in VARIANTS]
@@ -76,7 +77,7 @@ def test_a_forecast_is_measured_in_every_way(
 
 
 def test_the_report_has_every_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings, "accuracy", fake_accuracy)
+    monkeypatch.setattr(rewards, "accuracy", fake_accuracy)
     monkeypatch.setattr(findings, "HISTORY_SHARES", (0.5,))
     monkeypatch.setattr(findings, "HORIZONS", (1.5,))
     file = tmp_path / "findings.json"
