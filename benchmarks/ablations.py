@@ -33,11 +33,12 @@ from benchmarks.rewards import (
     Rewards,
     Solved,
     lines_by_skill,
+    nested_cell,
     standard_error,
 )
 from benchmarks.rlvr.runs import RUNS, Run, load_run
 from relex_stream.fit import Fit
-from relex_stream.skill import LEAST_NESTED_STEPS, Backtest, Cell, Setting, nested_cell, skill
+from relex_stream.skill import LEAST_NESTED_STEPS, Backtest, Cell, Setting, skill
 
 Float64 = NDArray[np.float64]
 

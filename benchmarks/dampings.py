@@ -28,14 +28,12 @@ import relex_stream as rs
 from benchmarks.commands import work_directory
 from benchmarks.findings import cells_of
 from benchmarks.report import Report, output_options, publish
-from benchmarks.rewards import PROBLEMS, Rewards, standard_error
+from benchmarks.rewards import PROBLEMS, Rewards, nested_cell, standard_error
 from benchmarks.rlvr.runs import RUNS, Run, load_run
 from relex_stream.fit import Fit, Forecast
 from relex_stream.sketch import subspace_of_deltas
 from relex_stream.skill import (
-    LEAST_NESTED_STEPS,
     Backtest,
-    Cell,
     Setting,
     best_damping,
     mean_moments,
@@ -130,8 +128,7 @@ class Trajectory:
         rows = self.steps.index(last) + 1
         history = self.steps[:rows]
         cells = nested_cells(history, target)
-        inner = int(np.searchsorted(history, last * last / target, side="right"))
-        one = Cell(inner, rows - 1) if inner >= LEAST_NESTED_STEPS else None
+        one = nested_cell(history, target)
         backtest = Backtest(history, cells, [SETTING])
         by_tensor = {
             name: backtest.moments(gram[:rows, :rows])[0, :, 0]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import relex_stream as rs
 from benchmarks.rlvr.runs import Run, accuracy
+from relex_stream.skill import LEAST_NESTED_STEPS, Cell
 
 PROBLEMS = 2000
 """Held-out problems that a model is asked, always the same ones."""
@@ -90,3 +91,20 @@ def lines_by_skill(
                 f"{int((gain < -2 * error)[some].sum())} losses, mean {gain[some].mean():.3f}"
             )
     return lines
+
+
+def nested_cell(
+    history: Sequence[int], target_step: int, least: int = LEAST_NESTED_STEPS
+) -> Cell | None:
+    """Return the forecast of its end that a history can make, as far in proportion as a target.
+
+    From K to qK steps: from K / q to K. None if that leaves fewer than `least` checkpoints.
+
+    Examples
+    --------
+    >>> nested_cell(range(1, 41), 80)  # twice as far as step 40: from step 20
+    Cell(rows=20, target=39)
+    """
+    last = history[-1]
+    rows = int(np.searchsorted(history, last * last / target_step, side="right"))
+    return Cell(rows, len(history) - 1) if least <= rows < len(history) else None
