@@ -2,7 +2,8 @@
 
 ``build_store`` compresses a base model and its checkpoints, ``export`` gives a stored step back
 byte for byte, ``extrapolate`` predicts a later one (RELEX, arXiv 2605.21468), ``reconstruct``
-projects a stored one into its subspace, ``combine`` sums stored ones. ``import relex_stream`` loads
+projects a stored one into its subspace, ``combine`` sums stored ones, ``sweep`` does any of it for
+grids of settings. ``import relex_stream`` loads
 nothing heavy: each public name is imported when it is first used (PEP 562).
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         info,
         open_store,
         reconstruct,
+        sweep,
         verify,
     )
     from relex_stream.errors import (
@@ -72,6 +74,7 @@ __all__ = [
     "info",
     "open_store",
     "reconstruct",
+    "sweep",
     "verify",
 ]
 
@@ -88,6 +91,7 @@ _HOMES = {
         "info",
         "open_store",
         "reconstruct",
+        "sweep",
         "verify",
     ),
     "relex_stream.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),

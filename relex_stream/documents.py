@@ -95,6 +95,8 @@ def common_settings(jobs: Sequence[Job]) -> tuple[dict[str, Any], list[dict[str,
     for job in jobs:
         each = dict(job.settings)
         each["history_steps"] = each.pop("history")[-1]
+        # What an entry of a grid is called, where it tells it from others.
+        each |= {name: value for name, value in job.levels if name == "name"}
         settings.append(each)
     names = list(dict.fromkeys(name for each in settings for name in each))
     alike = [
@@ -102,6 +104,6 @@ def common_settings(jobs: Sequence[Job]) -> tuple[dict[str, Any], list[dict[str,
         for name in names
         if all(name in each and each[name] == settings[0][name] for each in settings)
     ]
-    common = {name: settings[0][name] for name in alike if name != "history_steps"}
+    common = {name: settings[0][name] for name in alike if name not in ("history_steps", "name")}
     own = [{name: value for name, value in each.items() if name not in alike} for each in settings]
     return common, own

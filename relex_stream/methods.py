@@ -48,7 +48,7 @@ class Product:
 def product_paths(products: Sequence[Product]) -> list[str]:
     """Return the directory of each product below the output: ``""`` for the only one.
 
-    A level that has the same value in all of them is left out.
+    A level is left out where it has the same value in all that lie beside each other.
 
     Raises
     ------
@@ -62,17 +62,27 @@ def product_paths(products: Sequence[Product]) -> list[str]:
     >>> product_paths([Product(each, {}) for each in levels])
     ['damping_0.3', 'damping_1']
     """
-    values: dict[str, set[str]] = {}
-    for each in products:
-        for name, value in each.levels:
-            values.setdefault(name, set()).add(_text(value))
-    paths = [
-        "/".join(f"{name}_{_text(value)}" for name, value in each.levels if len(values[name]) > 1)
-        for each in products
-    ]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise OptionError(f"two outputs are the same: {twice or 'with all their settings'}")
+    paths = [""] * len(products)
+    beside = [list(range(len(products)))]
+    for depth in range(max((len(each.levels) for each in products), default=0)):
+        deeper = []
+        for numbers in beside:
+            by_level: dict[str, list[int]] = {}
+            for number in numbers:
+                level = products[number].levels[depth : depth + 1]
+                by_level.setdefault(
+                    "".join(f"{name}_{_text(value)}" for name, value in level), []
+                ).append(number)
+            for level_text, same in by_level.items():
+                if len(by_level) > 1:
+                    for number in same:
+                        paths[number] += "/" * bool(paths[number]) + level_text
+                deeper.append(same)
+        beside = deeper
+    twice = next((numbers for numbers in beside if len(numbers) > 1), None)
+    if twice is not None:
+        where = paths[twice[0]] or "with all their settings"
+        raise OptionError(f"two outputs are the same: {where}")
     return paths
 
 

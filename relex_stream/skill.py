@@ -192,7 +192,7 @@ HORIZONS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 LEAST_NESTED_STEPS = 3
 """A history of fewer checkpoints says nothing of what a forecast from it is worth."""
 
-DOUBTED_SKILL = -0.2
+DOUBTED_SKILL = -0.15
 """Undamped forecasts of this mean skill, or less, are not trusted beyond the best damping.
 
 Settled by the reward of extrapolated models, not by their distance: docs/findings.md.
@@ -253,7 +253,7 @@ def chosen_damping(moments: Float64) -> float:
 
     That of the highest mean skill, and the nearer to 1 the better they did undamped::
 
-        lambda + (1 - lambda) * min(1, max(0, 1 + S(1) / 0.2))
+        lambda + (1 - lambda) * min(1, max(0, 1 + S(1) / 0.15))
 
     with S(1) their mean skill undamped. The best damping in weights is too careful by reward where
     forecasts do well: what is right of them is what the reward is about (docs/findings.md).

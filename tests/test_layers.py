@@ -134,6 +134,7 @@ ROOMS = {
     "cards": Room({"_version", "methods", "store"}, {"numpy"}),
     "documents": Room({"cards", "mixing", "request", "store", "writer"}),
     "mixing": Room({"fit", "model_writes", "request", "sketch", "store", "subspaces"}, {"numpy"}),
+    "grid": Room({"request", "store"}, {"yaml"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
@@ -168,6 +169,7 @@ ROOMS = {
             "backtesting",
             "build",
             "exporting",
+            "grid",
             "models",
             "request",
             "store_info",

@@ -62,7 +62,7 @@ def chosen_damping(
     best = (products / stayed).sum() / (squares / stayed).sum()
     undamped = np.mean(1 - (stayed - 2 * products + squares) / stayed)
     best = min(1.0, max(0.0, best))
-    return float(best + (1 - best) * min(1.0, max(0.0, 1 + undamped / 0.2)))
+    return float(best + (1 - best) * min(1.0, max(0.0, 1 + undamped / 0.15)))
 
 
 def nested_forecast(
@@ -231,7 +231,7 @@ def test_too_short_a_history_goes_by_what_it_has_and_says_so(tmp_path: Path) -> 
     squares, products = np.mean(shares, axis=0)
     best = products / squares
     undamped = 2 * products - squares
-    expected = best + (1 - best) * max(0, 1 + undamped / 0.2)
+    expected = best + (1 - best) * max(0, 1 + undamped / 0.15)
     assert output.what["damping_chosen"] == pytest.approx(expected, rel=1e-5)
 
 

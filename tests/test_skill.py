@@ -167,8 +167,8 @@ def test_the_chosen_damping_is_the_best_or_more_as_undamped_forecasts_did_well()
     doubted = moments_of((0.3, 0.06))[0]
     assert skill(doubted, 1.0) < -0.2
     assert chosen_damping(doubted) == pytest.approx(0.3)
-    half = moments_of((0.3, 0.1 / (1 / 0.09 - 2 / 0.3)))[0]
-    assert skill(half, 1.0) == pytest.approx(-0.1)
+    half = moments_of((0.3, 0.075 / (1 / 0.09 - 2 / 0.3)))[0]
+    assert skill(half, 1.0) == pytest.approx(-0.075)
     assert chosen_damping(half) == pytest.approx((0.3 + 1) / 2)
     good = moments_of((0.6, 0.2))[0]
     assert skill(good, 1.0) > 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
 from relex_stream.api.arguments import AnyPath, RunArguments
+from relex_stream.grid import Entry, jobs_of, read_grid
 from relex_stream.models import RunOptions, make_models
 from relex_stream.request import (
     Job,
@@ -254,5 +256,49 @@ def combine(
             excluded_from=excluded_from,
         )
         return [job]
+
+    return make_models(Path(store), Path(out), ask, RunOptions(**run))
+
+
+def sweep(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    grid: AnyPath | Sequence[Entry],
+    **run: Unpack[RunArguments],
+) -> ModelsSummary:
+    """Write the models of a grid of settings, with one index.
+
+    Models with the same history and subspaces share their statistics and are written in the same
+    passes; all appear together.
+
+    Parameters
+    ----------
+    store : path
+    out : path
+        A directory of directories such as ``fit_linear/window_20/step_500/damping_0.3``, without
+        the levels that have one value, and an index, ``relex_stream.json``.
+    grid : path or sequence of mapping
+        Entries, or a YAML file that has them. An entry's ``method`` is ``"extrapolate"``, which is
+        the default, ``"reconstruct"`` or ``"combine"``; its other keys are the options of that
+        command, with a value or a list of values: every combination is made. ``name`` tells apart
+        entries that differ in nothing but `include` and `exclude`.
+    **run
+        How it is run; see `RunArguments`.
+
+    Returns
+    -------
+    ModelsSummary
+        ``settings`` has what all outputs have in common, each output's ``what`` the rest.
+
+    Raises
+    ------
+    RelexStreamError
+        As in `extrapolate`, naming the entry.
+    """
+    entries = read_grid(Path(grid)) if isinstance(grid, str | os.PathLike) else list(grid)
+
+    def ask(opened: Store) -> list[Job]:
+        return jobs_of(opened, entries)
 
     return make_models(Path(store), Path(out), ask, RunOptions(**run))

@@ -60,6 +60,10 @@ COMMANDS = {
         "relex_stream.cli.combine:command",
         "Write weighted sums of stored steps: ExPO, EMA, LAWA and others.",
     ),
+    "sweep": Entry(
+        "relex_stream.cli.sweep:command",
+        "Write the models of a grid of settings, with one index.",
+    ),
     "export": Entry(
         "relex_stream.cli.export:command",
         "Rebuild a stored step, byte for byte.",

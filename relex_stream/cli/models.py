@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 _MOST_OUTPUTS = 20
 _MOST_WEIGHTS = 8
 
+_SWEPT = (
+    *("name", "history_steps", "group_by", "svd", "power_iterations"),
+    *("fit", "window", "refit_every", "fitted"),
+)
+"""Settings that are each output's own where they differ."""
+
 
 def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
     """Return the plan of a dry run, or the closing summary."""
@@ -26,7 +32,7 @@ def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
     rows["history"] = wording.format_steps(summary.history, full=verbose)
     rows["method"] = _method(summary)
     if summary.excluded_tensors:
-        source = summary.settings["excluded_from"]
+        source = summary.settings.get("excluded_from", "base")
         rows["left out"] = (
             f"{wording.format_count(summary.excluded_tensors, 'tensor')}, copied from the "
             f"{'base' if source == 'base' else 'last checkpoint'}"
@@ -59,12 +65,17 @@ def _label(summary: ModelsSummary, output: Output) -> str:
     """Return what tells an output from the others."""
     what = output.what
     if "recipe" in what:
-        return str(what["recipe"])
+        last = what.get("history_steps")
+        return str(what["recipe"]) + ("" if last is None else f", history steps {last}")
     parts = [f"step {what['target_step'] if 'target_step' in what else what['step']}"]
-    for name in ("rank", "damping", "anchor"):
-        if len({str(each.what.get(name)) for each in summary.outputs}) > 1:
+    if "step" in what and "method" in what:
+        parts[0] += ", projected"  # beside models that are not
+    for name in (*_SWEPT, "rank", "damping", "anchor"):
+        values = {str(each.what[name]) for each in summary.outputs if name in each.what}
+        if name in what and len(values) > 1:
             value = what[name]
-            parts.append(f"{name} {f'{value:g}' if isinstance(value, float) else value}")
+            shown = f"{value:g}" if isinstance(value, float) else "none" if value is None else value
+            parts.append(f"{name.replace('_', ' ')} {shown}")
     if "damping_chosen" in what:
         parts.append(f"damping {what['damping_chosen']:.3f} chosen")
     return ", ".join(parts)
@@ -72,13 +83,16 @@ def _label(summary: ModelsSummary, output: Output) -> str:
 
 def _method(summary: ModelsSummary) -> str:
     settings = summary.settings
-    if "svd" not in settings:
+    if "method" not in settings:
+        methods = dict.fromkeys(output.what["method"] for output in summary.outputs)
+        return "; ".join(methods)
+    if "svd" not in settings or "group_by" not in settings:
         return str(settings["method"])
     ranks = sorted({output.what["rank"] for output in summary.outputs})
     parts = [f"rank {', '.join(map(str, ranks))}", f"{settings['svd']} SVD"]
     if settings["group_by"] != "tensor":
         parts[0] += f" of each {settings['group_by']}"
-    if settings["svd"] == "randomized":
+    if settings["svd"] == "randomized" and "power_iterations" in settings:
         passes = wording.format_count(settings["power_iterations"], "power iteration")
         parts[-1] += f" with {passes}"
     if settings.get("fit"):

@@ -90,6 +90,27 @@ class DampingType(click.ParamType[float | str]):
             self.fail(f"{value!r} is neither a number nor auto", param, ctx)
 
 
+class NumberOr(click.ParamType[int | None]):
+    """A whole number of 1 or more, or a word for none."""
+
+    name = "number"
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """Return the number, or None."""
+        if value is None or value == self._word:
+            return None
+        if isinstance(value, int):
+            return value
+        if not (value.isascii() and value.isdecimal() and int(value) >= 1):
+            self.fail(f"{value!r} is neither a number of 1 or more nor {self._word}", param, ctx)
+        return int(value)
+
+
 PATH = click.Path(path_type=Path)
 """A path as it is: whether it exists is for the library to say, once and in one wording."""
 

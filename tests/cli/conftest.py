@@ -140,6 +140,42 @@ COMBINE = dataclasses.replace(
 )
 
 
+SWEEP = dataclasses.replace(
+    EXTRAPOLATE,
+    outputs=(
+        Output(
+            "out/method_extrapolate/fit_linear",
+            {
+                "method": "RELEX",
+                "fit": "linear",
+                "window": None,
+                "target_step": 600,
+                "rank": 1,
+                "damping": 1.0,
+                "anchor": "base",
+            },
+        ),
+        Output(
+            "out/method_extrapolate/fit_polynomial-2",
+            {
+                "method": "RELEX",
+                "fit": "polynomial:2",
+                "window": 20,
+                "target_step": 600,
+                "rank": 1,
+                "damping": 1.0,
+                "anchor": "base",
+            },
+        ),
+        Output("out/method_reconstruct", {"method": "projection", "step": 40, "rank": 1}),
+    ),
+    settings={"group_by": "tensor", "svd": "exact"},
+    median_explained_variance=None,
+    median_r2=None,
+    figures=(),
+)
+
+
 def group_analysis(name: str, *, estimated: bool) -> GroupAnalysis:
     """Return figures of two components, the second of which is not there."""
 
@@ -275,6 +311,7 @@ class FakeApi(types.ModuleType):
             "extrapolate": EXTRAPOLATE,
             "reconstruct": RECONSTRUCT,
             "combine": COMBINE,
+            "sweep": SWEEP,
             "export": EXPORT,
             "info": INFO,
             "verify": VERIFY,
@@ -332,6 +369,9 @@ class FakeApi(types.ModuleType):
 
     def combine(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
         return self._run("combine", {"self": self, "store": store, "out": out, **asked})
+
+    def sweep(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
+        return self._run("sweep", {"self": self, "store": store, "out": out, **asked})
 
     def export(
         self,
@@ -395,6 +435,7 @@ COMMAND_LINES = {
     "extrapolate": ("extrapolate", "run.store", "out", "--target-step", "600"),
     "reconstruct": ("reconstruct", "run.store", "out", "--step", "10"),
     "combine": ("combine", "run.store", "out", "--recipe", "ema:decay=0.5"),
+    "sweep": ("sweep", "run.store", "out", "--grid", "grid.yaml"),
     "export": ("export", "run.store", "out", "--step", "10"),
     "info": ("info", "run.store"),
     "verify": ("verify", "run.store"),

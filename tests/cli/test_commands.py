@@ -139,6 +139,82 @@ def test_combine_passes_every_option(api: FakeApi, run: Run) -> None:
     assert api.calls == [("combine", expected)]
 
 
+def test_sweep_passes_its_file(api: FakeApi, run: Run) -> None:
+    result = run("sweep", "run.store", "out", "--grid", "grid.yaml", *RUN)
+    assert result.exit_code == 0, result.stderr
+    assert api.calls == [("sweep", {"grid": Path("grid.yaml"), **PATHS, **RUN_ARGUMENTS})]
+
+
+def test_sweep_makes_entries_of_its_options(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("sweep", "run.store", "out", "--target-step", "600", "--step", "10", "--step", "20"),
+        *("--recipe", "lawa:last=2", "--weights", "10=1", "--history-steps", "40"),
+        *("--history-steps", "all", "--rank", "2", "--fit", "linear", "--fit", "sinusoid"),
+        *("--window", "all", "--window", "7", "--refit-every", "never", "--damping", "auto"),
+        *("--damping", "1", "--anchor", "latest", "--group-by", "layer", "--svd", "exact"),
+        *("--power-iterations", "2", *SELECTION),
+    )
+    assert result.exit_code == 0, result.stderr
+    ((_, arguments),) = api.calls
+    subspace = {
+        "history_steps": (40, None),
+        "rank": (2,),
+        "fit": ("linear", "sinusoid"),
+        "window": (None, 7),
+        "group_by": ("layer",),
+        "svd": "exact",
+        "power_iterations": 2,
+        **SELECTION_ARGUMENTS,
+    }
+    assert arguments["grid"] == [
+        {
+            "method": "extrapolate",
+            "target_step": (600,),
+            "refit_every": (None,),
+            "damping": ("auto", 1.0),
+            "anchor": ("latest",),
+            **subspace,
+        },
+        {"method": "reconstruct", "step": (10, 20), **subspace},
+        {
+            "method": "combine",
+            "recipe": ("lawa:last=2",),
+            "weights": ("10=1",),
+            "history_steps": (40, None),
+            **SELECTION_ARGUMENTS,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "name a --grid, or a --target-step"),
+        (("--include", "*.a"), "name a --grid, or a --target-step"),
+        (("--rank", "2"), "--rank changes nothing of what is asked for"),
+        (("--step", "3", "--damping", "1"), "--damping changes nothing of what is asked for"),
+        (("--grid", "g.yaml", "--step", "3"), "--grid has all settings: leave the others out"),
+        (("--target-step", "3", "--window", "0"), "neither a number of 1 or more nor all"),
+    ],
+)
+def test_sweep_says_what_it_is_not_asked(
+    options: tuple[str, ...], message: str, api: FakeApi, run: Run
+) -> None:
+    result = run("sweep", "run.store", "out", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not api.calls
+
+
+def test_sweep_summary(run: Run) -> None:
+    output = run(*COMMAND_LINES["sweep"]).stdout
+    assert "step 600, fit linear, window none " in output
+    assert "step 600, fit polynomial:2, window 20 " in output
+    assert "step 40, projected" in output
+    assert "out/method_extrapolate/fit_polynomial-2\n" in output
+    assert "RELEX; projection\n" in output
+
+
 def test_analyze_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("analyze", "run.store", "--history-steps", "40", "--rank", "2", "--fit", "polynomial:2"),
@@ -472,7 +548,7 @@ def test_drop_says_which_steps_went(api: FakeApi, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["build-store", "extrapolate", "reconstruct", "combine", "export", "drop"]
+    "name", ["build-store", "extrapolate", "reconstruct", "combine", "sweep", "export", "drop"]
 )
 def test_quiet_says_nothing_on_success(name: str, run: Run) -> None:
     result = run(*COMMAND_LINES[name], "--quiet")
