@@ -13,6 +13,7 @@ import pytest
 import relex_stream as rs
 from benchmarks.processes import BenchmarkError
 from benchmarks.rlvr import runs
+from benchmarks.dampings import DECIDING
 from benchmarks.rlvr.runs import COMMITTED, RUNS, accuracy, load_run
 from benchmarks.rlvr.tasks import TASKS
 from relex_stream.store import Store
@@ -53,7 +54,8 @@ def test_a_run_rose_from_about_a_half(name):
     assert list(map(int, solved)) == list(range(0, RUNS[name].steps + 1, 10))
     first, *_, last = solved.values()
     assert 0.4 < first < 0.65
-    assert last - first > 0.06
+    # Those that decided on a rule are kept as they came out; others were set to rise.
+    assert last - first > (0.03 if name in DECIDING else 0.06)
 
 
 @pytest.mark.parametrize("name", RUNS)
