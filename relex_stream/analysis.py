@@ -142,17 +142,20 @@ class Describer:
     rows : int
         K: the history is the first so many.
     rank : int
-    fit : Fit
+    fit : Fit, optional
+        None: nothing is said of a fit.
     """
 
-    def __init__(self, steps: Sequence[int], rows: int, rank: int, fit: Fit) -> None:
+    def __init__(self, steps: Sequence[int], rows: int, rank: int, fit: Fit | None) -> None:
         self._rows = rows
         self._rank = rank
-        window = rows if fit.window is None else fit.window
         places = np.asarray(steps, np.float64)
-        self._elsewhere = np.r_[0 : rows - window, rows : len(steps)]
         history = places[:rows].tolist()
-        self._fit = Forecast(history, places[self._elsewhere].tolist(), fit)
+        self._fit: Forecast | None = None
+        if fit is not None:
+            window = rows if fit.window is None else fit.window
+            self._elsewhere = np.r_[0 : rows - window, rows : len(steps)]
+            self._fit = Forecast(history, places[self._elsewhere].tolist(), fit)
         middle, half = (places[0] + places[rows - 1]) / 2, (places[rows - 1] - places[0]) / 2
         self._powers = (
             np.vander((places[:rows] - middle) / half, 3) if rows >= 3 and half > 0 else None
@@ -191,7 +194,7 @@ class Describer:
             filled(singular_values),
             # Beyond the rank of M nothing is left to explain.
             np.concatenate([explained, np.full(rank - found, explained[-1])]),
-            filled(self._fit.r_squared(coefficients)),
+            nothing if self._fit is None else filled(self._fit.r_squared(coefficients)),
             filled(self._r_squared_elsewhere(gram, vectors, singular_values)),
             self._bend(coefficients[:, 0]),
         )
@@ -199,7 +202,7 @@ class Describer:
     def _r_squared_elsewhere(
         self, gram: Float64, vectors: Float64, singular_values: Float64
     ) -> Float64:
-        if len(self._elsewhere) < 2:
+        if self._fit is None or len(self._elsewhere) < 2:
             return np.full(singular_values.size, np.nan)
         # M_h V, and V = M^T U / S.
         there = gram[self._elsewhere, : self._rows] @ vectors / singular_values

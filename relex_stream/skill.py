@@ -157,7 +157,7 @@ class _History:
             if setting.anchor == "latest":
                 forecast = forecast - weights[:, -1:]
                 came, came_square = there - seen[:, last:], onward
-            square = np.einsum("tn,ts,sn->n", forecast, seen, forecast, optimize=True)
+            square = (forecast * (seen @ forecast)).sum(axis=0)
             product = (forecast * came).sum(axis=0)
             out[self._numbers, column] = np.stack([square, product, came_square, onward], axis=1)
 

@@ -216,7 +216,8 @@ class AnalyzeSummary:
     history: tuple[int, ...]
     """Steps of the subspace."""
     rank: int
-    fit: str
+    fit: str | None
+    """None in a `report` of a history that is too short for one."""
     window: int | None
     exact: bool
     """Whether all figures come from the weights, none from sketches."""

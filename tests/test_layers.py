@@ -126,6 +126,7 @@ ROOMS = {
     "grams": Room(BELOW_STAGES | {"analysis", "subspaces", "warmup"}, {"numpy"}),
     # What is asked for, as arithmetic and in words.
     "grouping": Room(pure=True),
+    "wording": Room(),
     "recipes": Room(pure=True),
     "methods": Room({"fit", "recipes"}, {"numpy"}, pure=True),
     "request": Room({"fit", "grouping", "methods", "recipes", "store", "subspaces"}),
@@ -177,7 +178,7 @@ ROOMS = {
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
     # The only room that prints.
-    "cli": Room({"_version", "api", "demo"}, {"click", "rich"}),
+    "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),
     "__main__": Room({"cli"}),
 }

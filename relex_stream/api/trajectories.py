@@ -7,7 +7,7 @@ from pathlib import Path
 
 from relex_stream.analyzing import analyze_store
 from relex_stream.api.arguments import AnyPath, optional_path, several
-from relex_stream.backtesting import Grid, backtest_store
+from relex_stream.backtesting import ANCHORS_TESTED, DAMPINGS_TESTED, Grid, backtest_store
 from relex_stream.specs import Progress
 from relex_stream.summaries import AnalyzeSummary, BacktestSummary
 
@@ -78,8 +78,8 @@ def backtest(
     rank: int | Sequence[int] = 1,
     fit: str | Sequence[str] = "linear",
     window: int | Sequence[int] = (),
-    anchor: str | Sequence[str] = ("base", "latest"),
-    damping: float | Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    anchor: str | Sequence[str] = ANCHORS_TESTED,
+    damping: float | Sequence[float] = DAMPINGS_TESTED,
     exact: bool = False,
     base: AnyPath | None = None,
     memory_limit: int | None = None,
