@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         info,
         open_store,
         reconstruct,
+        report,
         verify,
     )
     from relex_stream.errors import (
@@ -72,6 +73,7 @@ __all__ = [
     "info",
     "open_store",
     "reconstruct",
+    "report",
     "verify",
 ]
 
@@ -88,6 +90,7 @@ _HOMES = {
         "info",
         "open_store",
         "reconstruct",
+        "report",
         "verify",
     ),
     "relex_stream.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),

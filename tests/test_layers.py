@@ -157,6 +157,13 @@ ROOMS = {
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "store_info": Room({"store"}, {"numpy"}),
+    # The only room that draws.
+    "reporting": Room(
+        BELOW_STAGES
+        | {"analyzing", "assemble", "backtesting", "grams", "grouping", "outline", "request"}
+        | {"skill", "store_info", "subspaces", "wording"},
+        {"matplotlib", "numpy"},
+    ),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
@@ -167,6 +174,7 @@ ROOMS = {
             "build",
             "exporting",
             "models",
+            "reporting",
             "request",
             "store_info",
             "verification",
@@ -270,9 +278,10 @@ def test_the_store_the_sources_and_the_writer_do_not_know_each_other() -> None:
         assert not ROOMS[name].rooms & (rooms | {"graph"})
 
 
-def test_one_room_knows_dask_and_one_prints() -> None:
+def test_one_room_knows_dask_one_prints_and_one_draws() -> None:
     assert [name for name, room in ROOMS.items() if "dask" in room.packages] == ["graph"]
     assert [name for name, room in ROOMS.items() if "click" in room.packages] == ["cli"]
+    assert [name for name, room in ROOMS.items() if "matplotlib" in room.packages] == ["reporting"]
 
 
 def test_few_rooms_go_below_python() -> None:
