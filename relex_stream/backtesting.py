@@ -202,6 +202,11 @@ def _cells(steps: Sequence[int], grid: Grid, least: int) -> list[Cell]:
                 raise FitError(f"no checkpoint is at step {step} or before")
         ends = [int(np.searchsorted(steps, step, side="right")) for step in grid.history_steps]
     else:
+        if len(steps) <= least:
+            raise FitError(
+                f"there is no step to forecast: the store has {len(steps)} checkpoints, and a "
+                f"forecast takes {least} before the step that it is of"
+            )
         ends = [
             max(least, int(np.searchsorted(steps, share * steps[-1], side="right")))
             for share in HISTORY_SHARES

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from relex_stream.reporting.coefficients import BAND
+from relex_stream.reporting.modules import short_name
 from relex_stream.reporting.numbers import Cell, Coefficients, ReportNumbers
 from relex_stream.summaries import ForecastSkill
 from relex_stream.wording import byte_unit, format_bytes, printable
@@ -66,7 +67,8 @@ def style() -> Iterator[None]:
     """Return a context in which figures are made and written, whatever the user's settings are."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+        parameters: Any = mpl.rcParams  # newer versions list what keys there are
+        parameters.update(_STYLE)
         yield
 
 
@@ -85,14 +87,14 @@ def _short(name: str, most: int = 44) -> str:
 
 def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
 
 
 def _plain_log(axes: Axes) -> None:
     """Write 0.1, 1, 10 instead of powers; 2 and 5 too where there is room."""
     axes.set_yscale("log")
     least, most = axes.yaxis.get_view_interval()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 50 * least else (1,)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.yaxis.set_minor_locator(NullLocator())
 
@@ -117,7 +119,7 @@ def draw_coefficients(numbers: ReportNumbers) -> Figure:
         axes = figure.add_subplot(places[1, column])
         _draw_coefficients(axes, each, small=True)
         ordinal = {1: "first", 2: "second"}.get(each.component, f"{each.component}.")
-        title = "Model" if each.name == "model" else _short(each.name.removesuffix(".weight"), 30)
+        title = "Model" if each.name == "model" else _short(short_name(each.name), 32)
         axes.set_title(f"{title}\n{ordinal} component", fontsize=8)
     return figure
 
@@ -170,7 +172,7 @@ def _draw_coefficients(axes: Axes, found: Coefficients, *, small: bool = False) 
     _grid(axes)
     _step_axis(axes)
     if small:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
         axes.tick_params(labelsize=7.5)
     axes.margins(x=0.02)
 
@@ -230,7 +232,7 @@ def _draw_heat_map(
                 inner[row, column] = figure_of(grid.cells[module, layer])
     alone = np.array([[figure_of(grid.outside[name])] for name in outside]).reshape(-1, 1)
     norm = _scale(np.concatenate([inner.ravel(), alone.ravel()]))
-    colormap = mpl.colormaps[colors].resampled(64)
+    colormap = mpl.colormaps[colors].resampled(48)  # more, and the scale beside it would be pixels
     parts = [part for part in ("inner", "outside") if (modules if part == "inner" else outside)]
     heights = {"inner": max(len(modules), 1), "outside": max(len(outside), 1)}
     figure = Figure(
@@ -277,10 +279,11 @@ def _scale(values: Float64) -> Normalize:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return Normalize(0.0, 1.0)
-    low = max(0.0, float(np.quantile(finite, 0.02)))
-    low = min(np.floor(20 * low) / 20, 0.9)
-    high = min(1.0, np.ceil(20 * float(finite.max())) / 20)
-    return Normalize(low, max(high, low + 0.1))
+    low, high = max(0.0, float(np.quantile(finite, 0.02))), float(finite.max())
+    # So that differences show where all is near 1, with ends that are read easily.
+    part = 20 if high - low > 0.05 else 100
+    low = min(np.floor(part * low) / part, 0.98)
+    return Normalize(low, max(min(1.0, np.ceil(part * high) / part), low + 0.02))
 
 
 def _draw_cells(
@@ -397,10 +400,10 @@ def draw_steps(numbers: ReportNumbers) -> Figure:
         at, norms, "o-", color=BLUE, markersize=3, linewidth=1, label="change since the step before"
     )
     moved.set_ylabel("norm, weight units")
-    for axes, values in ((changed, shares), (moved, norms)):
+    for axes, values, most in ((changed, shares, shares), (moved, norms, lengths)):
         if odd.any():
             axes.plot(at[odd], values[odd], "X", color=RED, markersize=8, label="odd step")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(float(most.max()), float(values.max())))
         _grid(axes)
     if odd.any():
         changed.legend(loc="best")
@@ -544,7 +547,7 @@ def _draw_totals(axes: Axes, numbers: ReportNumbers) -> None:
     axes.set_title("in all")
     axes.set_xlabel("checkpoints kept")
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     axes.set_xlim(*(_around(kept)))
 
 

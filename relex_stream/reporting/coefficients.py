@@ -183,7 +183,9 @@ def describe_coefficients(
         widths = np.full_like(curve, np.nan)
         widths[forward] = BAND * errors.relative * np.abs(values[:rows]).max(axis=0)
         histories = errors.histories
-    at = np.searchsorted(places, np.asarray(targets, np.float64)) if len(places) else []
+    at: list[int] = []
+    if fit is not None:
+        at = np.searchsorted(places, np.asarray(targets, np.float64)).tolist()
     return [
         Coefficients(
             name=name,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from relex_stream import machine
 from relex_stream._version import __version__
 from relex_stream.base_weights import base_directory
-from relex_stream.errors import OptionError
+from relex_stream.errors import OptionError, OutputError
 from relex_stream.paths import refuse_inside
-from relex_stream.reporting import charts, sections
+from relex_stream.reporting import charts
 from relex_stream.reporting.gather import gather
 from relex_stream.reporting.numbers import ReportNumbers
 from relex_stream.reporting.page import render
-from relex_stream.reporting.tables import csv_tables
+from relex_stream.reporting.sections import CHARTS, Chart, Section, every_chart, sections, verdict
+from relex_stream.reporting.tables import TABLES, csv_tables
 from relex_stream.reporting.vector import standalone, write_png, write_svg
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
@@ -64,21 +68,18 @@ def make_report(
     progress = progress or NoProgress()
     _check_places(store_path, base, outputs)
     numbers = gather(store_path, base=base, progress=progress, **asked)
-    found = sections.sections(numbers)
+    found = sections(numbers)
     drawn: dict[str, str] = {}
     files = _Files(outputs)
-    every = list(sections.every_chart(found))
-    tables = csv_tables(numbers) if outputs.tables is not None else {}
     with charts.style():
-        for chart in every:
-            figure = chart.draw(numbers)
-            svg = write_svg(figure, chart.name, title=chart.title, description=chart.caption)
+        for chart, figure, svg in draw(numbers, found):
             drawn[chart.name] = svg
             if outputs.pictures is not None:
                 for kind in dict.fromkeys(outputs.picture_formats):
                     data = write_png(figure) if kind == "png" else standalone(svg)
                     files.add(outputs.pictures / f"{chart.name}.{kind}", data)
     pictures = files.names
+    tables = csv_tables(numbers) if outputs.tables is not None else {}
     for name, data in tables.items():
         assert outputs.tables is not None
         files.add(outputs.tables / name, data)
@@ -90,38 +91,52 @@ def make_report(
         numbers,
         outputs.page,
         page_bytes=len(page),
-        charts=tuple(chart.name for chart in every),
+        charts=tuple(drawn),
         pictures=pictures,
         tables=tuple(str(outputs.tables / name) for name in tables) if outputs.tables else (),
         elapsed_s=time.monotonic() - started,
     )
 
 
+def draw(numbers: ReportNumbers, found: Sequence[Section]) -> Iterator[tuple[Chart, Figure, str]]:
+    """Yield each chart of some sections, drawn, and as an ``svg`` element; in `charts.style`."""
+    for chart in every_chart(found):
+        figure = chart.draw(numbers)
+        svg = write_svg(figure, chart.name, title=chart.title, description=chart.caption)
+        yield chart, figure, svg
+
+
 def _check_places(store_path: Path, base: Path | None, outputs: Outputs) -> None:
+    """Refuse before any work what may not be written."""
     for kind in outputs.picture_formats:
         if kind not in PICTURE_FORMATS:
             raise OptionError(
                 f"--picture-format must be one of {', '.join(PICTURE_FORMATS)}, not {kind!r}"
             )
     store = Store(store_path)
-    directory = base_directory(store, base)
-    for what, place in (
-        ("OUT", outputs.page),
-        ("--pictures", outputs.pictures),
-        ("--csv", outputs.tables),
-    ):
-        if place is None:
-            continue
-        # A file in it stands for a directory, which may well be that of the store itself.
-        file = place if place == outputs.page else place / "any"
-        refuse_inside(file, store.path, what, "STORE")
-        if directory is not None:
-            refuse_inside(file, directory, what, "the base")
+    kept = {"STORE": store.path, "the base": base_directory(store, base)}
+    pictures = [f"{name}.{kind}" for name in CHARTS for kind in outputs.picture_formats]
     check_file(outputs.page, overwrite=outputs.overwrite)
+    for what, directory, names in (
+        ("OUT", outputs.page.parent, [outputs.page.name]),
+        ("--pictures", outputs.pictures, pictures),
+        ("--csv", outputs.tables, TABLES),
+    ):
+        if directory is None:
+            continue
+        # Of a file, not of the directory, which may well be that of the store.
+        for of, other in kept.items():
+            if other is not None:
+                refuse_inside(directory / names[0], other, what, of)
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory} is not a directory; name another for {what}")
+        for path in (directory / name for name in names):
+            if os.path.lexists(path):
+                check_file(path, overwrite=outputs.overwrite)
 
 
 class _Files:
-    """Files to write: all checked before the first."""
+    """Files to write, in order."""
 
     def __init__(self, outputs: Outputs) -> None:
         self._outputs = outputs
@@ -140,8 +155,6 @@ class _Files:
             if directory is not None:
                 with naming(f"making {directory}"):
                     directory.mkdir(parents=True, exist_ok=True)
-        for path in self._data:
-            check_file(path, overwrite=outputs.overwrite)
         for path, data in self._data.items():
             write_file(path, data, overwrite=outputs.overwrite)
 
@@ -172,7 +185,7 @@ def _summary(
         r2=model.r2[0],
         r2_elsewhere=model.r2_elsewhere[0],
         odd_steps=tuple(each.step for each in analysis.steps if each.note),
-        verdict=sections.verdict(numbers)[1],
+        verdict=verdict(numbers)[1],
         recommendation=None if backtest is None else backtest.recommendation,
         left_out_tensors=analysis.left_out_tensors,
         bytes_read=analysis.bytes_read,

@@ -29,6 +29,20 @@ def place_of(tensor: str) -> tuple[str, int, str] | None:
     return stack, int(number), module.removesuffix(".weight")
 
 
+def short_name(tensor: str) -> str:
+    """Return a tensor's name for a small title.
+
+    Examples
+    --------
+    >>> short_name("model.layers.12.self_attn.q_proj.weight"), short_name("lm_head.weight")
+    ('layer 12, self_attn.q_proj', 'lm_head')
+    """
+    layer = group_name(tensor, "layer")
+    rest = tensor if layer == tensor else tensor[len(layer) + 1 :]
+    rest = rest.removesuffix(".weight")
+    return rest if layer == tensor else f"layer {layer.rpartition('.')[2]}, {rest}"
+
+
 def module_grid(tensors: Iterable[GroupAnalysis]) -> ModuleGrid:
     """Arrange the analyses of tensors by module and layer, in the order they come in."""
     placed: dict[tuple[str, str], dict[int, list[GroupAnalysis]]] = {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from relex_stream.reporting.numbers import ReportNumbers
 from relex_stream.reporting.sections import CAVEATS, Section, Table, facts, verdict
 from relex_stream.wording import printable
+
+_OPTION = re.compile(r"--[a-z]+ \S*[^\s:.,;]")
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -25,6 +28,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .verdict { border-left: 0.35rem solid #7a7a7a; background: #f3f6f7; padding: 0.6rem 1rem; }
 .verdict p { margin: 0.3rem 0; }
 .verdict .main { font-size: 1rem; }
+code { white-space: nowrap; background: #e6ecef; padding: 0 0.2em; font-size: 0.9em;
+  font-family: "DejaVu Sans Mono", Consolas, Menlo, monospace; }
 .for { border-color: #5b8c5a; } .weakly { border-color: #c58b2a; }
 .against { border-color: #b04a3a; }
 figure { margin: 1rem 0 1.5rem; }
@@ -42,6 +47,11 @@ footer { margin-top: 3rem; font-size: 0.8rem; color: #4a5a63; }
 """.strip()
 
 
+def _text(text: str) -> str:
+    """Return a text as HTML in which no part of it is obeyed, by no parser and no terminal."""
+    return html.escape(printable(text))
+
+
 def render(
     numbers: ReportNumbers, sections: Sequence[Section], drawn: Mapping[str, str], *, version: str
 ) -> str:
@@ -56,15 +66,15 @@ def render(
     version : str
         Of this package.
     """
-    title = escape(printable(numbers.title))
+    title = _text(numbers.title)
     word, sentence = verdict(numbers)
     links = "\n".join(
-        f'<a href="#{section.name}">{escape(section.heading)}</a>' for section in sections
+        f'<a href="#{section.name}">{_text(section.heading)}</a>' for section in sections
     )
     listed = "\n".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(numbers).items()
+        f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in facts(numbers).items()
     )
-    caveats = "\n".join(f"<p>{escape(caveat)}</p>" for caveat in CAVEATS)
+    caveats = "\n".join(f"<p>{_text(caveat)}</p>" for caveat in CAVEATS)
     body = "\n".join(_section(section, drawn) for section in sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -80,7 +90,7 @@ def render(
 <header>
 <h1>{title}</h1>
 <div class="verdict {word}">
-<p class="main">{escape(sentence)}</p>
+<p class="main">{_with_options(sentence)}</p>
 {caveats}
 </div>
 <dl>
@@ -93,21 +103,25 @@ def render(
 <main>
 {body}
 </main>
-<footer>Made by relex-stream {escape(version)} from the store alone. Coefficients are of the
-model's tensors side by side; RELEX has a subspace for each tensor.</footer>
+<footer>Made by relex-stream {_text(version)}. Components of the model are those of its
+tensors side by side; RELEX has a subspace for each tensor.</footer>
 </body>
 </html>
 """
 
 
+def _with_options(sentence: str) -> str:
+    return _OPTION.sub(r"<code>\g<0></code>", _text(sentence))
+
+
 def _section(section: Section, drawn: Mapping[str, str]) -> str:
-    parts = [f'<section id="{section.name}">', f"<h2>{escape(section.heading)}</h2>"]
-    parts += [f"<p>{escape(text)}</p>" for text in section.paragraphs]
+    parts = [f'<section id="{section.name}">', f"<h2>{_text(section.heading)}</h2>"]
+    parts += [f"<p>{_text(text)}</p>" for text in section.paragraphs]
     for chart in section.charts:
         parts += [
             "<figure>",
             f'<div class="chart">{drawn[chart.name]}</div>',
-            f"<figcaption>{escape(chart.caption)}</figcaption>",
+            f"<figcaption>{_text(chart.caption)}</figcaption>",
             "</figure>",
         ]
     parts += [_table(table) for table in section.tables]
@@ -115,8 +129,8 @@ def _section(section: Section, drawn: Mapping[str, str]) -> str:
 
 
 def _table(table: Table) -> str:
-    header = "".join(f'<th scope="col">{escape(title)}</th>' for title in table.header)
+    header = "".join(f'<th scope="col">{_text(title)}</th>' for title in table.header)
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"

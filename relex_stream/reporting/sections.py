@@ -24,8 +24,18 @@ from relex_stream.wording import (
 _WEAK_SKILL = 0.1
 """Mean skill below: nearer to what came, but by little."""
 
+_FEW_FORECASTS = 3
+"""Of fewer, skill says little."""
+
 MOST_ODD_STEPS = 40
 """Rows of the table of odd steps; the table of steps has all."""
+
+
+CHARTS = (
+    *("coefficients", "explained_variance", "r2", "singular_values", "steps", "skill"),
+    *("storage", "memory"),
+)
+"""Names of all charts that there can be, in order."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +168,14 @@ def verdict(numbers: ReportNumbers) -> tuple[str, str]:
     if advice.window is not None:
         options += f" --window {advice.window}"
     options += f" --anchor {advice.anchor} --damping {damping}"
-    word = "weakly" if advice.mean_skill < _WEAK_SKILL or advice.least_skill <= 0 else "for"
+    weak = advice.mean_skill < _WEAK_SKILL or advice.least_skill <= 0
+    word = "weakly" if weak or advice.forecasts < _FEW_FORECASTS else "for"
     begin = "speaks for extrapolating" if word == "for" else "speaks weakly for extrapolating"
     text = (
         f"The store {begin} with {options}: in squared distance, forecasts of its stored steps "
         f"from earlier ones were {format_share(advice.mean_skill)} nearer to what came than "
         f"staying at the last observed step (mean of {format_count(advice.forecasts, 'forecast')}, "
-        f"the worst {format_share(advice.least_skill)}). "
+        f"least {format_share(advice.least_skill)}). "
     )
     if not advice.reach:
         text += "But not even all of the nearest forecasts were nearer than staying."
@@ -176,12 +187,12 @@ def verdict(numbers: ReportNumbers) -> tuple[str, str]:
 
 CAVEATS = (
     (
-        "High explained variance and R2 do not say that an extrapolation helps; skill, which compares "
-        "with what really came, says more."
+        "High explained variance and R2 do not say that an extrapolation helps; skill, which "
+        "compares with what really came, says more."
     ),
     (
-        "Skill is about weights, and weights are not rewards: evaluate what you extrapolate, beside "
-        "the last checkpoint."
+        "Skill is about weights, and weights are not rewards: evaluate what you extrapolate, "
+        "beside the last checkpoint."
     ),
 )
 
@@ -237,8 +248,8 @@ def _coefficients(numbers: ReportNumbers) -> Section:
     rows = [
         (
             str(point.step),
-            f"{point.value:.4g}",
-            f"+- {point.half_width:.2g}" if math.isfinite(point.half_width) else "-",
+            _number(point.value, 4),
+            f"+- {_number(point.half_width, 3)}" if math.isfinite(point.half_width) else "-",
         )
         for point in first.forecasts
     ]
@@ -250,6 +261,15 @@ def _coefficients(numbers: ReportNumbers) -> Section:
         caption,
     )
     return Section("coefficients", heading, paragraphs, [chart], [table])
+
+
+def _number(value: float, digits: int) -> str:
+    """Return a number with so many digits, without an exponent if it is of a usual size."""
+    short = f"{value:.{digits}g}"
+    if not 1e-5 <= abs(value) < 1e7:
+        return short
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{float(short):,.{max(0, decimals)}f}"
 
 
 def _too_few(least: int, what: str) -> str:

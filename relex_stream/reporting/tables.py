@@ -13,6 +13,13 @@ from relex_stream.summaries import ForecastSkill, GroupAnalysis, SkillOfDamping
 
 Row = Sequence[Any]
 
+TABLES = (
+    *("summary.csv", "steps.csv", "model.csv", "layers.csv", "modules.csv", "tensors.csv"),
+    *("heatmap.csv", "coefficients.csv", "curves.csv", "skill.csv", "tensor_skill.csv"),
+    *("storage.csv", "memory.csv"),
+)
+"""Names of all tables that there can be."""
+
 
 def csv_tables(numbers: ReportNumbers) -> dict[str, bytes]:
     """Return the tables by file name.
