@@ -39,7 +39,7 @@ MOST_OUTSIDE = 12
 _FEW_LAYERS = 8
 """Cells of so many layers have their numbers written in them."""
 
-_LEAST_SKILL = -1.0
+LEAST_SKILL = -1.0
 """Skill below is drawn at the edge: how far below does not matter any more."""
 
 _STYLE: dict[str, Any] = {
@@ -83,6 +83,11 @@ def _short(name: str, most: int = 44) -> str:
         return text
     half = (most - 3) // 2
     return f"{text[:half]}...{text[-half:]}"
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """Write numbers in full: a factor above the axis would be overlooked, or meet the title."""
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _step_axis(axes: Axes) -> None:
@@ -170,6 +175,7 @@ def _draw_coefficients(axes: Axes, found: Coefficients, *, small: bool = False) 
         )
     axes.axhline(0, color="black", linewidth=0.6)
     _grid(axes)
+    _plain_numbers(axes)
     _step_axis(axes)
     if small:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
@@ -262,7 +268,7 @@ def _draw_heat_map(
     below = (
         bool((values[np.isfinite(values)] < norm.vmin).any()) if norm.vmin is not None else False
     )
-    figure.colorbar(
+    scale = figure.colorbar(
         mappable,
         ax=every,
         label=label,
@@ -271,6 +277,9 @@ def _draw_heat_map(
         aspect=30,
         extend="min" if below else "neither",
     )
+    if scale.solids is not None:
+        # Else browsers show what is behind between one colour and the next.
+        scale.solids.set_edgecolor("face")
     return figure
 
 
@@ -404,6 +413,7 @@ def draw_steps(numbers: ReportNumbers) -> Figure:
         if odd.any():
             axes.plot(at[odd], values[odd], "X", color=RED, markersize=8, label="odd step")
         axes.set_ylim(0, 1.08 * max(float(most.max()), float(values.max())))
+        _plain_numbers(axes)
         _grid(axes)
     if odd.any():
         changed.legend(loc="best")
@@ -448,9 +458,10 @@ def draw_skill(numbers: ReportNumbers) -> Figure:
     every = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False)
     values = [skill_of(row, which)[0] for row in forecasts for _, which, *_ in _CURVES]
     known = [value for value in values if np.isfinite(value)] or [0.0]
-    low = max(_LEAST_SKILL, min(known))
+    low = max(LEAST_SKILL, min(known))
     high = max(0.1, *known)
     low, high = min(-0.1, low) - 0.06 * (high - low), high + 0.08 * (high - low)
+    furthest = max(row.horizon for row in forecasts)
     places = list(every.flat)
     for end, axes in zip(ends, places, strict=False):
         rows = [row for row in forecasts if row.history_step == end]
@@ -462,7 +473,7 @@ def draw_skill(numbers: ReportNumbers) -> Figure:
             )
         axes.set_title(f"forecasts from step {end}")
         axes.set_ylim(low, high)
-        axes.margins(x=0.06)
+        axes.set_xlim(1, furthest + 0.05 * (furthest - 1))
         _grid(axes)
         axes.text(
             0.985,
@@ -528,20 +539,23 @@ def draw_storage(numbers: ReportNumbers) -> Figure:
 def _draw_totals(axes: Axes, numbers: ReportNumbers) -> None:
     kept = np.arange(1, len(numbers.info.steps) + 1)
     checkpoints, stored = numbers.checkpoint_bytes, numbers.stored_bytes
-    unit, size = byte_unit(checkpoints[-1])
+    unit, size = byte_unit(stored[-1])
     marker = "o" if len(kept) < 30 else None
-    for sizes, color, label in ((checkpoints, RED, "checkpoints"), (stored, BLUE, "store")):
+    for sizes, color, label, up in (
+        (checkpoints, RED, "checkpoints", 7),
+        (stored, BLUE, "store", -15),
+    ):
         axes.plot(kept, np.array(sizes) / size, color=color, marker=marker, markersize=3)
         axes.annotate(
             f"{label}: {format_bytes(sizes[-1])}",
             (kept[-1], sizes[-1] / size),
-            xytext=(0, 7),
+            xytext=(0, up),
             textcoords="offset points",
             ha="right",
             color=color,
         )
     axes.set_yscale("log")
-    axes.set_ylim(max(1, stored[0]) / size / 2, max(checkpoints[-1], stored[-1]) / size * 4)
+    axes.set_ylim(max(1, stored[0]) / size / 3, max(checkpoints[-1], stored[-1]) / size * 4)
     _plain_log(axes)
     _grid(axes)
     axes.set_title("in all")

@@ -171,11 +171,16 @@ def verdict(numbers: ReportNumbers) -> tuple[str, str]:
     weak = advice.mean_skill < _WEAK_SKILL or advice.least_skill <= 0
     word = "weakly" if weak or advice.forecasts < _FEW_FORECASTS else "for"
     begin = "speaks for extrapolating" if word == "for" else "speaks weakly for extrapolating"
+    worth = (
+        f"mean of {format_count(advice.forecasts, 'forecast')}, least "
+        f"{format_share(advice.least_skill)}"
+    )
+    if advice.forecasts == 1:
+        worth = "in the only forecast that there could be"
     text = (
         f"The store {begin} with {options}: in squared distance, forecasts of its stored steps "
         f"from earlier ones were {format_share(advice.mean_skill)} nearer to what came than "
-        f"staying at the last observed step (mean of {format_count(advice.forecasts, 'forecast')}, "
-        f"least {format_share(advice.least_skill)}). "
+        f"staying at the last observed step ({worth}). "
     )
     if not advice.reach:
         text += "But not even all of the nearest forecasts were nearer than staying."
@@ -232,14 +237,15 @@ def _coefficients(numbers: ReportNumbers) -> Section:
     caption += " The line is the fit and, dashed, where it leads."
     known = any(math.isfinite(width) for width in first.half_widths)
     if known:
+        ends = format_count(first.past_histories, "earlier end")
         caption += (
-            f" The band is what past forecasts were off by: from {first.past_histories} earlier "
-            "ends of the history, the same fit in their own subspace forecast the steps up to its "
-            "last one. Their errors, as shares of the largest coefficient seen, are averaged (root "
-            "mean square) over forecasts as far ahead in proportion (target by last step), never "
-            f"less than nearer by; the band is {BAND:g} times that to either side, and ends where "
-            "no past forecast reached. It takes the future to be as hard to foresee as the past, "
-            "and says nothing of movement outside the component."
+            f" The band is what past forecasts were off by: from {ends} of the history, the same "
+            "fit in their own subspace forecast the steps up to its last one. Their errors, as "
+            "shares of the largest coefficient seen, are averaged (root mean square) over "
+            "forecasts as far ahead in proportion (target by last step), never less than nearer "
+            f"by; the band is {BAND:g} times that to either side, and ends where no past forecast "
+            "reached. It takes the future to be as hard to foresee as the past, and says nothing "
+            "of movement outside the component."
         )
     else:
         paragraphs.append(
@@ -249,7 +255,7 @@ def _coefficients(numbers: ReportNumbers) -> Section:
         (
             str(point.step),
             _number(point.value, 4),
-            f"+- {_number(point.half_width, 3)}" if math.isfinite(point.half_width) else "-",
+            f"\u00b1{_number(point.half_width, 3)}" if math.isfinite(point.half_width) else "-",
         )
         for point in first.forecasts
     ]
@@ -386,17 +392,18 @@ def _skill(numbers: ReportNumbers) -> Section:
     plain = [value for value in plain if math.isfinite(value)]
     paragraphs = []
     if plain:
-        paragraphs.append(
-            f"Plain RELEX (anchor base, damping 1) had skills from {min(plain):.3f} to "
-            f"{max(plain):.3f}."
-        )
+        had = f"skills from {min(plain):.3f} to {max(plain):.3f}"
+        if len(plain) == 1:
+            had = f"a skill of {plain[0]:.3f} in the only forecast"
+        paragraphs.append(f"Plain RELEX (anchor base, damping 1) had {had}.")
     caption = (
         "Skill of forecasts of stored steps, each panel from another end of the history, against "
         "how far ahead they were. 1 is perfect, 0 no nearer to what came than staying at the last "
         "observed step, below 0 worse than that; in the green part the forecast was nearer. Auto "
-        "is the damping that the history chooses by itself; the best one is known afterwards only. "
-        "Skills below -1 are triangles at the edge."
+        "is the damping that the history chooses by itself; the best one is known afterwards only."
     )
+    if any(value < charts.LEAST_SKILL for value in plain):
+        caption += f" Skills below {charts.LEAST_SKILL:g} are triangles at the edge."
     if any(row.best.error is not None for row in numbers.backtest.forecasts):
         caption += " Bars are two standard errors."
     chart = Chart("skill", "Backtest skill over horizon", charts.draw_skill, caption)
@@ -422,16 +429,10 @@ def _storage(numbers: ReportNumbers) -> Section:
             "depend on the model's size but for the tables.",
         ),
     ]
-    if numbers.memory_fits:
-        text = (
-            f"extrapolate is projected to take {format_bytes(plan.projected_bytes)} of the "
-            f"{format_bytes(plan.memory_limit_bytes)} that it may"
-        )
-    else:
-        text = (
-            f"extrapolate needs {format_bytes(plan.projected_bytes)} with one worker, more than "
-            "the memory limit"
-        )
+    projected, limit = map(format_bytes, (plan.projected_bytes, plan.memory_limit_bytes))
+    text = f"The command extrapolate is projected to take {projected} of the {limit} that it may"
+    if not numbers.memory_fits:
+        text = f"The command extrapolate needs {projected} with one worker, more than its limit"
     text += (
         f", to read {format_bytes(sum(stage.read_bytes for stage in plan.stages))} and to write "
         f"{format_bytes(sum(stage.write_bytes for stage in plan.stages))}."
