@@ -150,6 +150,7 @@ def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
     OutputError
         As `check_file`, or if the disk fails; what was there is then still there.
     """
+    check_file(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.relex-partial")
     with naming(f"writing {path}"):
         try:
