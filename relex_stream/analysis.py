@@ -73,15 +73,25 @@ def jackknife(figures: Float64) -> Float64:
     return error
 
 
-def nearby_subspace(gram: Float64, vectors: Float64) -> tuple[Float64, Float64]:
-    """Return the singular vectors and values of a replicate, from the vectors of the whole.
+def nearby_subspace(grams: Float64, vectors: Float64) -> tuple[Float64, Float64]:
+    """Return the singular vectors and values of replicates, from the vectors of the whole.
 
     One power step and Rayleigh-Ritz: right to second order in the difference, for a tenth of an
     eigendecomposition.
+
+    Parameters
+    ----------
+    grams : ndarray of float64, shape (..., K, K)
+    vectors : ndarray of float64, shape (K, r)
+
+    Returns
+    -------
+    vectors : ndarray of float64, shape (..., K, r)
+    singular_values : ndarray of float64, shape (..., r)
     """
-    basis = np.linalg.qr(gram @ vectors)[0]
-    values, turned = np.linalg.eigh(basis.T @ gram @ basis)
-    return basis @ turned[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
+    basis = np.linalg.qr(grams @ vectors)[0]
+    values, turned = np.linalg.eigh(np.swapaxes(basis, -1, -2) @ grams @ basis)
+    return basis @ turned[..., ::-1], np.sqrt(np.maximum(values[..., ::-1], 0.0))
 
 
 @dataclass(frozen=True)
@@ -168,12 +178,8 @@ class Describer:
         figures = self._figures(gram, subspace.vectors, subspace.singular_values)
         if replicates is None:
             return Described(figures, None)
-        others = [
-            self._figures(
-                each, *nearby_subspace(each[: self._rows, : self._rows], subspace.vectors)
-            )
-            for each in replicates
-        ]
+        nearby = nearby_subspace(replicates[:, : self._rows, : self._rows], subspace.vectors)
+        others = [self._figures(*each) for each in zip(replicates, *nearby, strict=True)]
         errors = jackknife(np.stack([other.packed() for other in others]))
         return Described(figures, Figures.unpacked(errors))
 

@@ -109,17 +109,18 @@ class Backtest:
             went on from its last observed step. With anchor ``"base"`` a and b are deltas from the
             base, with ``"latest"`` from the last observed step. They add up over tensors.
         """
-        grams = [gram, *([] if replicates is None else replicates)]
-        out = np.zeros((len(grams), len(self.cells), len(self.settings), MOMENTS))
+        count = 0 if replicates is None else len(replicates)
+        out = np.zeros((1 + count, len(self.cells), len(self.settings), MOMENTS))
         for history in self._histories:
             rows = history.rows
             vectors = subspace_of_deltas(gram[:rows, :rows], self._rank).vectors
-            for number, each in enumerate(grams):
-                if number:
-                    vectors_here, _ = nearby_subspace(each[:rows, :rows], vectors)
-                else:
-                    vectors_here = vectors
-                history.fill(out[number], each, vectors_here)
+            history.fill(out[0], gram, vectors)
+            if replicates is not None:
+                nearby, _ = nearby_subspace(replicates[:, :rows, :rows], vectors)
+                for number, (each, its_vectors) in enumerate(
+                    zip(replicates, nearby, strict=True), start=1
+                ):
+                    history.fill(out[number], each, its_vectors)
         return out
 
 
