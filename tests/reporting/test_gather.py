@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
+from relex_stream import grams
+from relex_stream.reporting import charts, gather
+from relex_stream.reporting.sections import sections
 from tests import oracle
 from tests.make_checkpoints import Trajectory
 from tests.reporting.conftest import HISTORY, SHAPES, STEPS, numbers_of
@@ -93,16 +96,18 @@ def test_memory_is_that_of_extrapolate(store: Path, tmp_path: Path) -> None:
     assert numbers.memory_fits
 
 
-def test_memory_that_does_not_fit_is_told_of(store: Path) -> None:
-    # What reads the Gram matrices here is small: the model is.
+def test_memory_that_does_not_fit_is_told_of(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "NOMINAL_PROCESS_BYTES", 2 << 30)
     numbers = numbers_of(store, workers=None)
-    assert numbers.memory_fits
-    assert numbers.memory.projected_bytes <= numbers.memory.memory_limit_bytes
+    assert not numbers.memory_fits
+    assert numbers.memory.workers == 1
+    storage = sections(numbers)[-1]
+    assert "with one worker, more than its limit, to read" in storage.paragraphs[0]
+    with charts.style():
+        charts.draw_memory(numbers)
 
 
 def test_one_look_at_the_weights_is_enough(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from relex_stream import grams
-
     looks = []
     read = grams.exact_grams
     monkeypatch.setattr(
