@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         info,
         open_store,
         reconstruct,
+        report,
         sweep,
         verify,
     )
@@ -74,6 +75,7 @@ __all__ = [
     "info",
     "open_store",
     "reconstruct",
+    "report",
     "sweep",
     "verify",
 ]
@@ -91,6 +93,7 @@ _HOMES = {
         "info",
         "open_store",
         "reconstruct",
+        "report",
         "sweep",
         "verify",
     ),

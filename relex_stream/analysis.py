@@ -73,15 +73,25 @@ def jackknife(figures: Float64) -> Float64:
     return error
 
 
-def nearby_subspace(gram: Float64, vectors: Float64) -> tuple[Float64, Float64]:
-    """Return the singular vectors and values of a replicate, from the vectors of the whole.
+def nearby_subspace(grams: Float64, vectors: Float64) -> tuple[Float64, Float64]:
+    """Return the singular vectors and values of replicates, from the vectors of the whole.
 
     One power step and Rayleigh-Ritz: right to second order in the difference, for a tenth of an
     eigendecomposition.
+
+    Parameters
+    ----------
+    grams : ndarray of float64, shape (..., K, K)
+    vectors : ndarray of float64, shape (K, r)
+
+    Returns
+    -------
+    vectors : ndarray of float64, shape (..., K, r)
+    singular_values : ndarray of float64, shape (..., r)
     """
-    basis = np.linalg.qr(gram @ vectors)[0]
-    values, turned = np.linalg.eigh(basis.T @ gram @ basis)
-    return basis @ turned[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
+    basis = np.linalg.qr(grams @ vectors)[0]
+    values, turned = np.linalg.eigh(np.swapaxes(basis, -1, -2) @ grams @ basis)
+    return basis @ turned[..., ::-1], np.sqrt(np.maximum(values[..., ::-1], 0.0))
 
 
 @dataclass(frozen=True)
@@ -142,17 +152,20 @@ class Describer:
     rows : int
         K: the history is the first so many.
     rank : int
-    fit : Fit
+    fit : Fit, optional
+        None: nothing is said of a fit.
     """
 
-    def __init__(self, steps: Sequence[int], rows: int, rank: int, fit: Fit) -> None:
+    def __init__(self, steps: Sequence[int], rows: int, rank: int, fit: Fit | None) -> None:
         self._rows = rows
         self._rank = rank
-        window = rows if fit.window is None else fit.window
         places = np.asarray(steps, np.float64)
-        self._elsewhere = np.r_[0 : rows - window, rows : len(steps)]
         history = places[:rows].tolist()
-        self._fit = Forecast(history, places[self._elsewhere].tolist(), fit)
+        self._fit: Forecast | None = None
+        if fit is not None:
+            window = rows if fit.window is None else fit.window
+            self._elsewhere = np.r_[0 : rows - window, rows : len(steps)]
+            self._fit = Forecast(history, places[self._elsewhere].tolist(), fit)
         middle, half = (places[0] + places[rows - 1]) / 2, (places[rows - 1] - places[0]) / 2
         self._powers = (
             np.vander((places[:rows] - middle) / half, 3) if rows >= 3 and half > 0 else None
@@ -165,12 +178,8 @@ class Describer:
         figures = self._figures(gram, subspace.vectors, subspace.singular_values)
         if replicates is None:
             return Described(figures, None)
-        others = [
-            self._figures(
-                each, *nearby_subspace(each[: self._rows, : self._rows], subspace.vectors)
-            )
-            for each in replicates
-        ]
+        nearby = nearby_subspace(replicates[:, : self._rows, : self._rows], subspace.vectors)
+        others = [self._figures(*each) for each in zip(replicates, *nearby, strict=True)]
         errors = jackknife(np.stack([other.packed() for other in others]))
         return Described(figures, Figures.unpacked(errors))
 
@@ -191,7 +200,7 @@ class Describer:
             filled(singular_values),
             # Beyond the rank of M nothing is left to explain.
             np.concatenate([explained, np.full(rank - found, explained[-1])]),
-            filled(self._fit.r_squared(coefficients)),
+            nothing if self._fit is None else filled(self._fit.r_squared(coefficients)),
             filled(self._r_squared_elsewhere(gram, vectors, singular_values)),
             self._bend(coefficients[:, 0]),
         )
@@ -199,7 +208,7 @@ class Describer:
     def _r_squared_elsewhere(
         self, gram: Float64, vectors: Float64, singular_values: Float64
     ) -> Float64:
-        if len(self._elsewhere) < 2:
+        if self._fit is None or len(self._elsewhere) < 2:
             return np.full(singular_values.size, np.nan)
         # M_h V, and V = M^T U / S.
         there = gram[self._elsewhere, : self._rows] @ vectors / singular_values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from relex_stream.analysis import REPLICATES, Described, Describer, suspicious_s
 from relex_stream.errors import OptionError
 from relex_stream.fit import Fit
 from relex_stream.grams import GramReader, TensorGram, is_estimated
-from relex_stream.graph import Threads
+from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.grouping import group_name
 from relex_stream.request import history_of
 from relex_stream.specs import NoProgress, Progress
@@ -58,6 +58,117 @@ class GramSum:
         self.gram += found.gram
 
 
+class Analysis:
+    """What is found of a store as Gram matrices come in, tensor by tensor.
+
+    Parameters
+    ----------
+    store : Store
+    history : sequence of int
+        Steps of the subspace, as `request.history_of` returns them.
+    rank : int
+        Components to tell of.
+    fit : Fit, optional
+        None: nothing is said of a fit.
+
+    Raises
+    ------
+    OptionError, FitError
+        If the history does not allow for that.
+    """
+
+    def __init__(self, store: Store, history: Sequence[int], *, rank: int, fit: Fit | None) -> None:
+        if not 1 <= rank <= len(history):
+            raise OptionError(
+                f"--rank must be from 1 to the number of checkpoints in the history "
+                f"({len(history)}), not {rank}"
+            )
+        self._store = store
+        self._history = tuple(history)
+        self._rank = rank
+        self._fit = fit
+        self._describer = Describer(store.steps, len(history), rank, fit)
+        self._sums = _Sums({})
+        self._tensors: list[GroupAnalysis] = []
+
+    @property
+    def groups(self) -> int:
+        """Sums of Gram matrices that are kept: room for `GramReader.plan`."""
+        return sum(_group_counts(self._store).values())
+
+    @property
+    def model(self) -> GramSum:
+        """The sum over all tensors so far."""
+        return self._sums.groups["model"]["model"]
+
+    def begin(self, plan: Plan) -> None:
+        """Make ready for the tensors that were planned."""
+        self._sums = _Sums(_room_for_errors(self._store, plan))
+
+    def add(self, found: TensorGram) -> None:
+        """Take a tensor in."""
+        described = self._describer.describe(found.gram, found.replicates)
+        alone = GramSum(
+            with_errors=False, tensors=1, weights=found.tensor.elements, gram=found.gram
+        )
+        self._tensors.append(_group(found.tensor.name, alone, described, len(self._history)))
+        self._sums.add(found)
+
+    def summary(
+        self, *, exact: bool, reader: GramReader, plan: Plan, started: float
+    ) -> AnalyzeSummary:
+        """Return all that was found.
+
+        Parameters
+        ----------
+        exact : bool
+            What was asked of the reader.
+        reader : GramReader
+            That all tensors came from.
+        plan : Plan
+        started : float
+            By the monotonic clock.
+
+        Raises
+        ------
+        OptionError
+            If there was no tensor.
+        """
+        store, rows = self._store, len(self._history)
+        described = {
+            grouping: tuple(
+                _group(name, each, self._describer.describe(each.gram, each.replicates), rows)
+                for name, each in groups.items()
+            )
+            for grouping, groups in self._sums.groups.items()
+        }
+        if not described["model"]:
+            raise OptionError(
+                f"no step of {store.path} changed any weight; there is nothing to analyze"
+            )
+        changed = changed_tensors(store, len(store.steps))
+        tracked = sum(tensor.kind == "tracked" for tensor in store.manifest.tensors)
+        places = {tensor.name: tensor.index for tensor in store.manifest.tensors}
+        return AnalyzeSummary(
+            store=str(store.path),
+            history=self._history,
+            rank=self._rank,
+            fit=None if self._fit is None else self._fit.curve,
+            window=None if self._fit is None else self._fit.window,
+            exact=not any(is_estimated(tensor, exact=exact) for tensor in changed),
+            steps=tuple(_steps(store, self.model.gram)),
+            model=described["model"][0],
+            layers=described["layer"],
+            modules=described["module"],
+            tensors=tuple(sorted(self._tensors, key=lambda each: places[each.name])),
+            unchanged_tensors=tracked - len(changed),
+            left_out_tensors=reader.left_out,
+            bytes_read=plan.stages[0].read_bytes,
+            peak_memory_bytes=machine.peak_bytes(),
+            elapsed_s=time.monotonic() - started,
+        )
+
+
 def analyze_store(
     store_path: Path,
     *,
@@ -73,60 +184,19 @@ def analyze_store(
 ) -> AnalyzeSummary:
     """Analyze; `relex_stream.api.analyze` says what the arguments are."""
     started = time.monotonic()
-    progress = progress or NoProgress()
     executor = Threads(workers, memory_limit)
     store = Store(store_path)
     history = history_of(store, history_steps)
-    if not 1 <= rank <= len(history):
-        raise OptionError(
-            f"--rank must be from 1 to the number of checkpoints in the history "
-            f"({len(history)}), not {rank}"
-        )
-    rows = len(store.steps)
-    describer = Describer(store.steps, len(history), rank, Fit(fit, window))
-    reader = GramReader(store, exact=exact, base=base, executor=executor, progress=progress)
-    plan = reader.plan(groups=sum(_group_counts(store).values()))
-    sums = _Sums(_room_for_errors(store, plan))
-    tensors: list[GroupAnalysis] = []
-    for found in reader.grams(plan.workers):
-        described = describer.describe(found.gram, found.replicates)
-        alone = GramSum(
-            with_errors=False, tensors=1, weights=found.tensor.elements, gram=found.gram
-        )
-        tensors.append(_group(found.tensor.name, alone, described, len(history)))
-        sums.add(found)
-    names = {tensor.name: tensor.index for tensor in store.manifest.tensors}
-    described_sums = {
-        grouping: tuple(
-            _group(name, each, describer.describe(each.gram, each.replicates), len(history))
-            for name, each in groups.items()
-        )
-        for grouping, groups in sums.groups.items()
-    }
-    model = described_sums["model"]
-    if not model:
-        raise OptionError(
-            f"no step of {store.path} changed any weight; there is nothing to analyze"
-        )
-    changed = len(changed_tensors(store, rows))
-    return AnalyzeSummary(
-        store=str(store.path),
-        history=history,
-        rank=rank,
-        fit=fit,
-        window=window,
-        exact=all(not is_estimated(t, exact=exact) for t in changed_tensors(store, rows)),
-        steps=tuple(_steps(store, sums.groups["model"]["model"].gram)),
-        model=model[0],
-        layers=described_sums["layer"],
-        modules=described_sums["module"],
-        tensors=tuple(sorted(tensors, key=lambda each: names[each.name])),
-        unchanged_tensors=sum(t.kind == "tracked" for t in store.manifest.tensors) - changed,
-        left_out_tensors=reader.left_out,
-        bytes_read=plan.stages[0].read_bytes,
-        peak_memory_bytes=machine.peak_bytes(),
-        elapsed_s=time.monotonic() - started,
+    analysis = Analysis(store, history, rank=rank, fit=Fit(fit, window))
+    reader = GramReader(
+        store, exact=exact, base=base, executor=executor, progress=progress or NoProgress()
     )
+    plan = reader.plan(groups=analysis.groups)
+    analysis.begin(plan)
+    with one_blas_thread():
+        for found in reader.grams(plan.workers):
+            analysis.add(found)
+        return analysis.summary(exact=exact, reader=reader, plan=plan, started=started)
 
 
 class _Sums:

@@ -17,8 +17,8 @@ from relex_stream import machine
 from relex_stream.analysis import jackknife
 from relex_stream.errors import FitError, OptionError
 from relex_stream.fit import Fit
-from relex_stream.grams import GramReader, is_estimated
-from relex_stream.graph import Threads
+from relex_stream.grams import GramReader, TensorGram, is_estimated
+from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.methods import ANCHORS, AUTO
 from relex_stream.skill import (
     HORIZONS,
@@ -39,6 +39,7 @@ from relex_stream.summaries import (
     BacktestSummary,
     BacktestTensor,
     ForecastSkill,
+    Plan,
     Recommendation,
     SkillOfDamping,
 )
@@ -47,6 +48,10 @@ Float64 = NDArray[np.float64]
 
 HISTORY_SHARES = (0.25, 1 / 3, 0.5, 2 / 3)
 """Of the last step: where histories end, unless others are asked for."""
+
+ANCHORS_TESTED = ("base", "latest")
+DAMPINGS_TESTED = (0.1, 0.3, 0.5, 1.0)
+"""Of a backtest that is asked for no others."""
 
 _TIE = 1e-6
 """Mean skills that are as near are taken for equal."""
@@ -65,6 +70,82 @@ class Grid:
     dampings: Sequence[float]
 
 
+class Backtesting:
+    """What forecasts of a store were worth, as Gram matrices come in, tensor by tensor.
+
+    Parameters
+    ----------
+    store : Store
+    grid : Grid
+
+    Raises
+    ------
+    OptionError, FitError
+        If what is asked for cannot be forecast.
+    """
+
+    def __init__(self, store: Store, grid: Grid) -> None:
+        self._store = store
+        self._grid = grid
+        self._settings = _settings(grid)
+        steps = store.steps
+        least = _least(self._settings)
+        self._cells = _cells(steps, grid, least)
+        self._nested = [
+            nested_cells(steps[: cell.rows], steps[cell.target], least) for cell in self._cells
+        ]
+        inner = (cell for cells in self._nested for cell in cells)
+        every = list(dict.fromkeys([*self._cells, *inner]))
+        self._backtest = Backtest(steps, every, self._settings)
+        self._place = {cell: number for number, cell in enumerate(every)}
+        self._total: Float64 | None = None
+        self._by_tensor: dict[str, Float64] = {}
+
+    def add(self, found: TensorGram) -> None:
+        """Take a tensor in."""
+        moments = self._backtest.moments(found.gram, found.replicates)
+        self._by_tensor[found.tensor.name] = moments[0, [self._place[cell] for cell in self._cells]]
+        # One that is exact is the same in every replicate.
+        self._total = moments if self._total is None else self._total + moments
+
+    def summary(
+        self, *, exact: bool, reader: GramReader, plan: Plan, started: float
+    ) -> BacktestSummary:
+        """Return all that was found; arguments as in `analyzing.Analysis.summary`.
+
+        Raises
+        ------
+        OptionError
+            If there was no tensor.
+        """
+        store, total = self._store, self._total
+        if total is None:
+            raise OptionError(
+                f"no step of {store.path} changed any weight; there is nothing to test"
+            )
+        rows = [
+            _forecast(
+                store.steps, total, cell, inner, number, setting, self._place, self._grid.dampings
+            )
+            for cell, inner in zip(self._cells, self._nested, strict=True)
+            for number, setting in enumerate(self._settings)
+        ]
+        advice = _recommendation(rows)
+        changed = changed_tensors(store, len(store.steps))
+        return BacktestSummary(
+            store=str(store.path),
+            steps=store.steps,
+            exact=not any(is_estimated(tensor, exact=exact) for tensor in changed),
+            forecasts=tuple(rows),
+            recommendation=advice,
+            tensors=tuple(_tensors(self._by_tensor, self._settings, rows, advice)),
+            left_out_tensors=reader.left_out,
+            bytes_read=plan.stages[0].read_bytes,
+            peak_memory_bytes=machine.peak_bytes(),
+            elapsed_s=time.monotonic() - started,
+        )
+
+
 def backtest_store(
     store_path: Path,
     grid: Grid,
@@ -79,47 +160,15 @@ def backtest_store(
     started = time.monotonic()
     executor = Threads(workers, memory_limit)
     store = Store(store_path)
-    settings = _settings(grid)
-    least = _least(settings)
-    cells = _cells(store.steps, grid, least)
-    nested = [
-        nested_cells(store.steps[: cell.rows], store.steps[cell.target], least) for cell in cells
-    ]
-    every = list(dict.fromkeys([*cells, *(cell for inner in nested for cell in inner)]))
-    backtest = Backtest(store.steps, every, settings)
-    place = {cell: number for number, cell in enumerate(every)}
+    backtesting = Backtesting(store, grid)
     reader = GramReader(
         store, exact=exact, base=base, executor=executor, progress=progress or NoProgress()
     )
     plan = reader.plan(groups=0)
-    total: Float64 | None = None
-    by_tensor: dict[str, Float64] = {}
-    for found in reader.grams(plan.workers):
-        moments = backtest.moments(found.gram, found.replicates)
-        by_tensor[found.tensor.name] = moments[0, [place[cell] for cell in cells]]
-        # One that is exact is the same in every replicate.
-        total = moments if total is None else total + moments
-    if total is None:
-        raise OptionError(f"no step of {store.path} changed any weight; there is nothing to test")
-    rows = [
-        _forecast(store.steps, total, cell, inner, number, setting, place, grid.dampings)
-        for cell, inner in zip(cells, nested, strict=True)
-        for number, setting in enumerate(settings)
-    ]
-    advice = _recommendation(rows)
-    changed = changed_tensors(store, len(store.steps))
-    return BacktestSummary(
-        store=str(store.path),
-        steps=store.steps,
-        exact=all(not is_estimated(tensor, exact=exact) for tensor in changed),
-        forecasts=tuple(rows),
-        recommendation=advice,
-        tensors=tuple(_tensors(by_tensor, settings, rows, advice)),
-        left_out_tensors=reader.left_out,
-        bytes_read=plan.stages[0].read_bytes,
-        peak_memory_bytes=machine.peak_bytes(),
-        elapsed_s=time.monotonic() - started,
-    )
+    with one_blas_thread():
+        for found in reader.grams(plan.workers):
+            backtesting.add(found)
+        return backtesting.summary(exact=exact, reader=reader, plan=plan, started=started)
 
 
 def _settings(grid: Grid) -> list[Setting]:
@@ -152,6 +201,11 @@ def _cells(steps: Sequence[int], grid: Grid, least: int) -> list[Cell]:
                 raise FitError(f"no checkpoint is at step {step} or before")
         ends = [int(np.searchsorted(steps, step, side="right")) for step in grid.history_steps]
     else:
+        if len(steps) <= least:
+            raise FitError(
+                f"there is no step to forecast: the store has {len(steps)} checkpoints, and a "
+                f"forecast takes {least} before the step that it is of"
+            )
         ends = [
             max(least, int(np.searchsorted(steps, share * steps[-1], side="right")))
             for share in HISTORY_SHARES

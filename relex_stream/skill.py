@@ -109,17 +109,18 @@ class Backtest:
             went on from its last observed step. With anchor ``"base"`` a and b are deltas from the
             base, with ``"latest"`` from the last observed step. They add up over tensors.
         """
-        grams = [gram, *([] if replicates is None else replicates)]
-        out = np.zeros((len(grams), len(self.cells), len(self.settings), MOMENTS))
+        count = 0 if replicates is None else len(replicates)
+        out = np.zeros((1 + count, len(self.cells), len(self.settings), MOMENTS))
         for history in self._histories:
             rows = history.rows
             vectors = subspace_of_deltas(gram[:rows, :rows], self._rank).vectors
-            for number, each in enumerate(grams):
-                if number:
-                    vectors_here, _ = nearby_subspace(each[:rows, :rows], vectors)
-                else:
-                    vectors_here = vectors
-                history.fill(out[number], each, vectors_here)
+            history.fill(out[0], gram, vectors)
+            if replicates is not None:
+                nearby, _ = nearby_subspace(replicates[:, :rows, :rows], vectors)
+                for number, (each, its_vectors) in enumerate(
+                    zip(replicates, nearby, strict=True), start=1
+                ):
+                    history.fill(out[number], each, its_vectors)
         return out
 
 
@@ -157,7 +158,7 @@ class _History:
             if setting.anchor == "latest":
                 forecast = forecast - weights[:, -1:]
                 came, came_square = there - seen[:, last:], onward
-            square = np.einsum("tn,ts,sn->n", forecast, seen, forecast, optimize=True)
+            square = (forecast * (seen @ forecast)).sum(axis=0)
             product = (forecast * came).sum(axis=0)
             out[self._numbers, column] = np.stack([square, product, came_square, onward], axis=1)
 

@@ -216,7 +216,8 @@ class AnalyzeSummary:
     history: tuple[int, ...]
     """Steps of the subspace."""
     rank: int
-    fit: str
+    fit: str | None
+    """None in a `report` of a history that is too short for one."""
     window: int | None
     exact: bool
     """Whether all figures come from the weights, none from sketches."""
@@ -313,6 +314,38 @@ class BacktestSummary:
     recommendation: Recommendation | None
     """None if nothing was better than to stay where one is."""
     tensors: tuple[BacktestTensor, ...] = field(repr=False)
+    left_out_tensors: tuple[str, ...]
+    bytes_read: int
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """What `report` wrote, and the figures that matter most."""
+
+    store: str
+    path: str
+    """The page."""
+    page_bytes: int
+    charts: tuple[str, ...]
+    """On the page; of others there was too little to draw."""
+    pictures: tuple[str, ...]
+    tables: tuple[str, ...]
+    steps: tuple[int, ...]
+    """All that are stored."""
+    history: tuple[int, ...]
+    exact: bool
+    """Whether all figures come from the weights, none from sketches."""
+    explained_variance: float
+    """Of the model's first component."""
+    r2: float
+    r2_elsewhere: float
+    odd_steps: tuple[int, ...]
+    verdict: str
+    """Whether the store speaks for extrapolating, in words."""
+    recommendation: Recommendation | None
+    """As `backtest` gives it."""
     left_out_tensors: tuple[str, ...]
     bytes_read: int
     peak_memory_bytes: int

@@ -123,6 +123,49 @@ def naming(doing: str) -> Iterator[None]:
         raise OutputError(f"{doing} failed: {error.strerror or error}") from error
 
 
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a single file before anything is written.
+
+    Raises
+    ------
+    OutputError
+        If something is there that is not to be replaced, or the directory is not there.
+    """
+    if not path.name or path.is_dir():
+        raise OutputError(f"{path} is a directory; name a file")
+    if os.path.lexists(path):
+        if not overwrite:
+            raise OutputError(f"{path} exists; name another file, or give --overwrite")
+        if path.is_symlink() or not path.is_file():
+            raise OutputError(f"{path} is not a plain file; it is left as it is")
+    elif not path.parent.is_dir():
+        raise OutputError(f"there is no directory {path.parent}; make it first")
+
+
+def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write a single file, which appears under its name only when complete and on the disk.
+
+    Raises
+    ------
+    OutputError
+        As `check_file`, or if the disk fails; what was there is then still there.
+    """
+    check_file(path, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.relex-partial")
+    with naming(f"writing {path}"):
+        try:
+            partial.write_bytes(data)
+            _sync(partial)
+            # Something may have come there meanwhile.
+            check_file(path, overwrite=overwrite)
+            os.rename(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        _sync(path.parent)
+
+
 class OutputDirectory:
     """A directory that appears under its name only when complete (a context manager).
 

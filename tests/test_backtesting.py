@@ -235,9 +235,18 @@ def test_reach_ends_before_the_first_horizon_without_skill(tmp_path: Path) -> No
 # --- what cannot be tested -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_too_few_checkpoints_are_told_of(tmp_path: Path, steps: int) -> None:
+    drift = np.random.default_rng(0).integers(-9, 9, (20, 30)).astype(np.float64)
+    store = write_run(tmp_path, {step: drift * step for step in range(steps + 1)})
+    with pytest.raises(rs.FitError, match=f"the store has {steps} checkpoints"):
+        rs.backtest(store)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"window": 11}, "there is no step to forecast: the store has 11 checkpoints"),
         ({"history_steps": [40]}, "there is no step to forecast"),
         ({"history_steps": [2]}, "a history up to step 2 has 2 checkpoints, the fits need 3"),
         ({"history_steps": [0]}, "no checkpoint is at step 0 or before"),

@@ -128,6 +128,7 @@ ROOMS = {
     "grams": Room(BELOW_STAGES | {"analysis", "subspaces", "warmup"}, {"numpy"}),
     # What is asked for, as arithmetic and in words.
     "grouping": Room(pure=True),
+    "wording": Room(),
     "recipes": Room(pure=True),
     "methods": Room({"fit", "recipes"}, {"numpy"}, pure=True),
     "request": Room({"fit", "grouping", "methods", "recipes", "store", "subspaces"}),
@@ -160,6 +161,13 @@ ROOMS = {
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "store_info": Room({"store"}, {"numpy"}),
+    # The only room that draws.
+    "reporting": Room(
+        BELOW_STAGES
+        | {"analyzing", "assemble", "backtesting", "grams", "grouping", "outline", "request"}
+        | {"skill", "store_info", "subspaces", "wording"},
+        {"matplotlib", "numpy"},
+    ),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
@@ -171,6 +179,7 @@ ROOMS = {
             "exporting",
             "grid",
             "models",
+            "reporting",
             "request",
             "store_info",
             "verification",
@@ -182,7 +191,7 @@ ROOMS = {
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
     # The only room that prints.
-    "cli": Room({"_version", "api", "demo"}, {"click", "rich"}),
+    "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),
     "__main__": Room({"cli"}),
 }
@@ -274,9 +283,10 @@ def test_the_store_the_sources_and_the_writer_do_not_know_each_other() -> None:
         assert not ROOMS[name].rooms & (rooms | {"graph"})
 
 
-def test_one_room_knows_dask_and_one_prints() -> None:
+def test_one_room_knows_dask_one_prints_and_one_draws() -> None:
     assert [name for name, room in ROOMS.items() if "dask" in room.packages] == ["graph"]
     assert [name for name, room in ROOMS.items() if "click" in room.packages] == ["cli"]
+    assert [name for name, room in ROOMS.items() if "matplotlib" in room.packages] == ["reporting"]
 
 
 def test_few_rooms_go_below_python() -> None:

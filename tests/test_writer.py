@@ -530,3 +530,46 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
         output.write_file("x", b"1")
         output.finish()
     assert tree(tmp_path) == {"out/x": b"1"}
+
+
+# --- single files ------------------------------------------------------------------------------
+
+
+def test_a_single_file_appears_whole_and_replaces_only_if_asked(tmp_path):
+    path = tmp_path / "page.html"
+    writer.write_file(path, b"one", overwrite=False)
+    with pytest.raises(OutputError, match="exists; name another file"):
+        writer.write_file(path, b"two", overwrite=False)
+    assert tree(tmp_path) == {"page.html": b"one"}
+    writer.write_file(path, b"two", overwrite=True)
+    assert tree(tmp_path) == {"page.html": b"two"}
+
+
+def test_what_is_no_plain_file_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("link", "is not a plain file"),
+        ("pipe", "is not a plain file"),
+        (".", "is a directory; name a file"),
+        ("missing/file", "there is no directory"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            writer.write_file(tmp_path / name, b"new", overwrite=True)
+    assert names(tmp_path) == ["file", "link", "pipe"]
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_single_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch, call):
+    path = tmp_path / "page.html"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OutputError, match=r"writing .*page.html failed: No space left"):
+        writer.write_file(path, b"new", overwrite=True)
+    assert tree(tmp_path) == {"page.html": b"old"}

@@ -23,10 +23,10 @@ that its store stays small. Sorting and brackets have a supervised rate of 1e-3 
 accuracy passed the target in leaps. The record of a run is of the first time that it ran to the end
 with these settings.
 
-The last six were named, with all their settings, before any of them was trained, to decide on a rule
-for the damping (`benchmarks.dampings`): a third seed of ``addition``, and a rate between that and
-``addition-fast``; a smaller model; ``sorting`` slower, ``brackets`` faster, ``product`` with another
-seed. All six are kept as they came out the first time. They keep every third or fourth step.
+The last six were named, with all their settings, before any of them was trained, to decide on a
+rule for the damping (`benchmarks.dampings`): a third seed of ``addition``, and a rate between that
+and ``addition-fast``; a smaller model; ``sorting`` slower, ``brackets`` faster, ``product`` with
+another seed. All six are as they came out the first time; they keep every third or fourth step.
 """
 
 from __future__ import annotations

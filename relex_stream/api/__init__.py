@@ -7,7 +7,7 @@ mend. Sizes are bytes. `progress` is any object with the methods of `specs.Progr
 from relex_stream.api.arguments import AnyPath, RunArguments
 from relex_stream.api.models import combine, extrapolate, reconstruct, sweep
 from relex_stream.api.stores import build_store, drop, export, info, open_store, verify
-from relex_stream.api.trajectories import analyze, backtest
+from relex_stream.api.trajectories import analyze, backtest, report
 from relex_stream.opened import OpenStore
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "info",
     "open_store",
     "reconstruct",
+    "report",
     "sweep",
     "verify",
 ]

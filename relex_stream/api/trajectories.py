@@ -7,9 +7,9 @@ from pathlib import Path
 
 from relex_stream.analyzing import analyze_store
 from relex_stream.api.arguments import AnyPath, optional_path, several
-from relex_stream.backtesting import Grid, backtest_store
+from relex_stream.backtesting import ANCHORS_TESTED, DAMPINGS_TESTED, Grid, backtest_store
 from relex_stream.specs import Progress
-from relex_stream.summaries import AnalyzeSummary, BacktestSummary
+from relex_stream.summaries import AnalyzeSummary, BacktestSummary, ReportSummary
 
 
 def analyze(
@@ -78,8 +78,8 @@ def backtest(
     rank: int | Sequence[int] = 1,
     fit: str | Sequence[str] = "linear",
     window: int | Sequence[int] = (),
-    anchor: str | Sequence[str] = ("base", "latest"),
-    damping: float | Sequence[float] = (0.1, 0.3, 0.5, 1.0),
+    anchor: str | Sequence[str] = ANCHORS_TESTED,
+    damping: float | Sequence[float] = DAMPINGS_TESTED,
     exact: bool = False,
     base: AnyPath | None = None,
     memory_limit: int | None = None,
@@ -131,6 +131,99 @@ def backtest(
         Path(store),
         grid,
         exact=exact,
+        base=optional_path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def report(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    history_steps: int | None = None,
+    target_steps: Sequence[int] = (),
+    rank: int = 10,
+    fit: str = "linear",
+    window: int | None = None,
+    exact: bool = False,
+    title: str | None = None,
+    pictures: AnyPath | None = None,
+    picture_format: str | Sequence[str] = "png",
+    csv: AnyPath | None = None,
+    overwrite: bool = False,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ReportSummary:
+    """Write a page of HTML about a store that needs nothing but itself, from one look at it.
+
+    What `analyze` finds, and what `backtest` makes of this fit with rank 1, drawn and in figures.
+    The same store gives the same page, byte for byte, with the same versions of this package and
+    of matplotlib. Where there are too few steps for a part, it says so.
+
+    Parameters
+    ----------
+    store : path
+    out : path
+        The page. Appears only when complete, after the other files.
+    history_steps : int, optional
+        The subspace and the fit are those of the stored steps up to this one; default all.
+    target_steps : sequence of int
+        Steps to forecast coefficients for; default 1.5 and 2 times the last step of the history.
+    rank : int
+        Components to tell of; fewer where the history has fewer checkpoints.
+    fit, window
+        As in `extrapolate`. A history that is too short for the fit has none on the page.
+    exact : bool
+        As in `analyze`.
+    title : str, optional
+        Heading; default the store's name.
+    pictures : path, optional
+        A directory, made if need be, for each chart as a file.
+    picture_format : str or sequence of str
+        ``"png"`` or ``"svg"``.
+    csv : path, optional
+        A directory, made if need be, for all numbers as CSV tables.
+    overwrite : bool
+        Replace files that are there.
+    base, memory_limit, workers
+        As in `build_store`; the limit and the number are also those that `extrapolate` is
+        projected with.
+
+    Returns
+    -------
+    ReportSummary
+
+    Raises
+    ------
+    FitError, OptionError, MemoryLimitError, OutputError
+        If the arguments cannot be met.
+    StoreError, CorruptionError, SourceError
+        As in `extrapolate`.
+    """
+    # What draws takes half a second to import, and no other function needs it.
+    from relex_stream.reporting.making import Outputs, make_report
+
+    outputs = Outputs(
+        page=Path(out),
+        pictures=optional_path(pictures),
+        picture_formats=several(picture_format),
+        tables=optional_path(csv),
+        overwrite=overwrite,
+    )
+    return make_report(
+        Path(store),
+        outputs,
+        history_steps=history_steps,
+        target_steps=target_steps,
+        rank=rank,
+        fit=fit,
+        window=window,
+        exact=exact,
+        title=title,
         base=optional_path(base),
         memory_limit=memory_limit,
         workers=workers,

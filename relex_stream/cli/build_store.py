@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from relex_stream.cli import options, wording
+from relex_stream import wording
+from relex_stream.cli import options
 from relex_stream.cli.plan import describe_plan
 from relex_stream.cli.session import Session
 

@@ -48,6 +48,10 @@ COMMANDS = {
         "relex_stream.cli.backtest:command",
         "Say what earlier forecasts of stored steps would have been worth.",
     ),
+    "report": Entry(
+        "relex_stream.cli.report:command",
+        "Write a page with charts of what a store knows.",
+    ),
     "extrapolate": Entry(
         "relex_stream.cli.extrapolate:command",
         "Predict the weights of later steps.",

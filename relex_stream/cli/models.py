@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relex_stream.cli import wording
+from relex_stream import wording
 from relex_stream.cli.plan import describe_plan
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relex_stream.cli.wording import format_bytes, format_count, table
+from relex_stream.wording import format_bytes, format_count, table
 
 if TYPE_CHECKING:
     from relex_stream.summaries import Plan

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 import click
 
-from relex_stream.cli.wording import format_bytes, format_duration, printable
 from relex_stream.specs import NoProgress, Progress
+from relex_stream.wording import format_bytes, format_duration, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from relex_stream.cli.wording import printable, to_json
 from relex_stream.errors import RelexStreamWarning
+from relex_stream.wording import printable, to_json
 
 if TYPE_CHECKING:
     from relex_stream.cli.progress import ClosableProgress

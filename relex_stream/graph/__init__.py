@@ -10,7 +10,7 @@ or which is faster.
 from relex_stream.graph.connect import open_executor
 from relex_stream.graph.lazy import lazy_array
 from relex_stream.graph.stages import Group, Stage, grouped, run_in_order
-from relex_stream.graph.threads import Executor, Fetcher, Threads
+from relex_stream.graph.threads import Executor, Fetcher, Threads, one_blas_thread
 
 __all__ = [
     "Executor",
@@ -20,6 +20,7 @@ __all__ = [
     "Threads",
     "grouped",
     "lazy_array",
+    "one_blas_thread",
     "open_executor",
     "run_in_order",
 ]

@@ -31,6 +31,7 @@ from relex_stream.summaries import (
     Output,
     Plan,
     Recommendation,
+    ReportSummary,
     SkillOfDamping,
     StagePlan,
     StepAnalysis,
@@ -265,6 +266,28 @@ BACKTEST = BacktestSummary(
     elapsed_s=1.5,
 )
 
+REPORT = ReportSummary(
+    store="run.store",
+    path="report.html",
+    page_bytes=400 << 10,
+    charts=("coefficients", "skill"),
+    pictures=(),
+    tables=(),
+    steps=ANALYZE.history,
+    history=ANALYZE.history,
+    exact=False,
+    explained_variance=0.875,
+    r2=0.987,
+    r2_elsewhere=float("nan"),
+    odd_steps=(20,),
+    verdict="The store speaks weakly for extrapolating.",
+    recommendation=BACKTEST.recommendation,
+    left_out_tensors=(),
+    bytes_read=0,
+    peak_memory_bytes=240 * MIB,
+    elapsed_s=4.5,
+)
+
 EXPORT = ExportSummary(
     store="run.store",
     step=10,
@@ -308,6 +331,7 @@ class FakeApi(types.ModuleType):
             "build_store": BUILD,
             "analyze": ANALYZE,
             "backtest": BACKTEST,
+            "report": REPORT,
             "extrapolate": EXTRAPOLATE,
             "reconstruct": RECONSTRUCT,
             "combine": COMBINE,
@@ -360,6 +384,9 @@ class FakeApi(types.ModuleType):
 
     def backtest(self, store: Path, **asked: Any) -> BacktestSummary:
         return self._run("backtest", {"self": self, "store": store, **asked})
+
+    def report(self, store: Path, out: Path, **asked: Any) -> ReportSummary:
+        return self._run("report", {"self": self, "store": store, "out": out, **asked})
 
     def extrapolate(self, store: Path, out: Path, **asked: Any) -> ModelsSummary:
         return self._run("extrapolate", {"self": self, "store": store, "out": out, **asked})
@@ -432,6 +459,7 @@ COMMAND_LINES = {
     "build-store": ("build-store", "base", "checkpoints", "run.store"),
     "analyze": ("analyze", "run.store"),
     "backtest": ("backtest", "run.store"),
+    "report": ("report", "run.store", "-o", "report.html"),
     "extrapolate": ("extrapolate", "run.store", "out", "--target-step", "600"),
     "reconstruct": ("reconstruct", "run.store", "out", "--step", "10"),
     "combine": ("combine", "run.store", "out", "--recipe", "ema:decay=0.5"),

@@ -262,6 +262,49 @@ def test_backtest_passes_every_option(api: FakeApi, run: Run) -> None:
     assert api.calls == [("backtest", expected)]
 
 
+def test_report_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run(
+        *("report", "run.store", "--out", "report.html", "--history-steps", "40", "--rank", "4"),
+        *("--target-step", "80", "--target-step", "90", "--fit", "polynomial:2", "--window", "7"),
+        *("--exact", "--title", "A run", "--pictures", "p", "--picture-format", "svg"),
+        *("--picture-format", "png", "--csv", "c", "--overwrite", "--base", "b"),
+        *("--memory-limit", "8GB", "--workers", "2"),
+    )
+    assert result.exit_code == 0, result.stderr
+    expected = {
+        "store": Path("run.store"),
+        "out": Path("report.html"),
+        "history_steps": 40,
+        "target_steps": (80, 90),
+        "rank": 4,
+        "fit": "polynomial:2",
+        "window": 7,
+        "exact": True,
+        "title": "A run",
+        "pictures": Path("p"),
+        "picture_format": ("svg", "png"),
+        "csv": Path("c"),
+        "overwrite": True,
+        "base": Path("b"),
+        "memory_limit": 8_000_000_000,
+        "workers": 2,
+    }
+    assert api.calls == [("report", expected)]
+
+
+def test_report_prints_what_was_written_and_the_verdict(api: FakeApi, run: Run) -> None:
+    output = run(*COMMAND_LINES["report"]).stdout
+    assert "page         report.html, 400 KiB\n" in output
+    assert output.endswith("\n\nThe store speaks weakly for extrapolating.\n")
+    assert "pictures" not in output
+    api.results["report"] = dataclasses.replace(
+        conftest.REPORT, pictures=("p/a.png",), tables=("c/a.csv", "c/b.csv")
+    )
+    output = run(*COMMAND_LINES["report"]).stdout
+    assert "pictures     1 file\n" in output
+    assert "tables       2 files\n" in output
+
+
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("export", "run.store", "out", "--step", "0", "--base", "b"),
@@ -548,7 +591,8 @@ def test_drop_says_which_steps_went(api: FakeApi, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["build-store", "extrapolate", "reconstruct", "combine", "sweep", "export", "drop"]
+    "name",
+    ["build-store", "report", "extrapolate", "reconstruct", "combine", "sweep", "export", "drop"],
 )
 def test_quiet_says_nothing_on_success(name: str, run: Run) -> None:
     result = run(*COMMAND_LINES[name], "--quiet")

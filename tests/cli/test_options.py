@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relex_stream.cli.options import parse_bytes
-from relex_stream.cli.wording import format_bytes
+from relex_stream.wording import format_bytes
 
 UNITS = {
     "": 1,

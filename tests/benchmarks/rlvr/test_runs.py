@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import relex_stream as rs
+from benchmarks.dampings import DECIDING
 from benchmarks.processes import BenchmarkError
 from benchmarks.rlvr import runs
-from benchmarks.dampings import DECIDING
 from benchmarks.rlvr.runs import COMMITTED, RUNS, accuracy, load_run
 from benchmarks.rlvr.tasks import TASKS
 from relex_stream.store import Store

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_stream.cli import wording
+from relex_stream import wording
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,20 @@ def format_bytes(count: float) -> str:
     return f"{size:.{decimals}f} {_UNITS[unit]}"
 
 
+def byte_unit(most: float) -> tuple[str, int]:
+    """Return the unit in which `most` bytes are written, and its bytes: for an axis.
+
+    Examples
+    --------
+    >>> byte_unit(5000), byte_unit(3)
+    (('KiB', 1024), ('B', 1))
+    """
+    number = 0
+    while most >= 1024 and number < len(_UNITS) - 1:
+        most, number = most / 1024, number + 1
+    return _UNITS[number], 1024**number
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration in at most two units.
 
