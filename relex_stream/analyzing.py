@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from relex_stream import machine
 from relex_stream.analysis import REPLICATES, Described, Describer, suspicious_steps
 from relex_stream.errors import OptionError
 from relex_stream.fit import Fit
-from relex_stream.grams import GramReader, TensorGram, is_estimated
+from relex_stream.grams import GramReader, GramSum, TensorGram, is_estimated
 from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.grouping import group_name
 from relex_stream.request import history_of
@@ -25,37 +24,6 @@ from relex_stream.subspaces import changed_tensors
 from relex_stream.summaries import AnalyzeSummary, GroupAnalysis, Plan, StepAnalysis
 
 Float64 = NDArray[np.float64]
-
-
-@dataclass
-class GramSum:
-    """The sum of some tensors' Gram matrices.
-
-    Attributes
-    ----------
-    with_errors : bool
-        Whether replicates are summed too.
-    """
-
-    with_errors: bool
-    tensors: int = 0
-    weights: int = 0
-    gram: Float64 = field(default_factory=lambda: np.zeros((0, 0)))
-    replicates: Float64 | None = None
-
-    def add(self, found: TensorGram) -> None:
-        """Take a tensor in."""
-        if not self.tensors:
-            self.gram = np.zeros_like(found.gram)
-        self.tensors += 1
-        self.weights += found.tensor.elements
-        if self.with_errors:
-            if self.replicates is None and found.replicates is not None:
-                # So far all were exact: the same in every replicate.
-                self.replicates = np.repeat(self.gram[None], REPLICATES, axis=0)
-            if self.replicates is not None:
-                self.replicates += found.gram if found.replicates is None else found.replicates
-        self.gram += found.gram
 
 
 class Analysis:

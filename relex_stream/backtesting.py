@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream import machine
-from relex_stream.analysis import jackknife
+from relex_stream.analysis import REPLICATES, jackknife
 from relex_stream.errors import FitError, OptionError
 from relex_stream.fit import Fit
-from relex_stream.grams import GramReader, TensorGram, is_estimated
+from relex_stream.grams import GramReader, GramSum, TensorGram, is_estimated
 from relex_stream.graph import Threads, one_blas_thread
+from relex_stream.grouping import group_name
 from relex_stream.methods import ANCHORS, AUTO
 from relex_stream.skill import (
     HORIZONS,
@@ -36,8 +37,8 @@ from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.subspaces import changed_tensors
 from relex_stream.summaries import (
+    BacktestGroup,
     BacktestSummary,
-    BacktestTensor,
     ForecastSkill,
     Plan,
     Recommendation,
@@ -48,6 +49,9 @@ Float64 = NDArray[np.float64]
 
 HISTORY_SHARES = (0.25, 1 / 3, 0.5, 2 / 3)
 """Of the last step: where histories end, unless others are asked for."""
+
+GROUPINGS_TESTED = ("tensor", "layer", "module", "model")
+"""What may have a subspace of its own."""
 
 ANCHORS_TESTED = ("base", "latest")
 DAMPINGS_TESTED = (0.1, 0.3, 0.5, 1.0)
@@ -68,6 +72,7 @@ class Grid:
     windows: Sequence[int | None]
     anchors: Sequence[str]
     dampings: Sequence[float]
+    group_by: str = "tensor"
 
 
 class Backtesting:
@@ -99,12 +104,35 @@ class Backtesting:
         self._backtest = Backtest(steps, every, self._settings)
         self._place = {cell: number for number, cell in enumerate(every)}
         self._total: Float64 | None = None
-        self._by_tensor: dict[str, Float64] = {}
+        self._by_group: dict[str, Float64] = {}
+        self._sums: dict[str, GramSum] = {}
+        self._with_errors = True
+
+    @property
+    def groups(self) -> int:
+        """Sums of Gram matrices that are kept: room for `GramReader.plan`."""
+        if self._grid.group_by == "tensor":
+            return 0
+        changed = changed_tensors(self._store, len(self._store.steps))
+        return len({group_name(tensor.name, self._grid.group_by) for tensor in changed})
+
+    def begin(self, plan: Plan) -> None:
+        """Make ready for the tensors that were planned."""
+        needed = REPLICATES * 8 * len(self._store.steps) ** 2 * self.groups
+        self._with_errors = needed <= plan.memory_limit_bytes - plan.projected_bytes
 
     def add(self, found: TensorGram) -> None:
         """Take a tensor in."""
-        moments = self._backtest.moments(found.gram, found.replicates)
-        self._by_tensor[found.tensor.name] = moments[0, [self._place[cell] for cell in self._cells]]
+        if self._grid.group_by == "tensor":
+            self._take(found.tensor.name, found.gram, found.replicates)
+            return
+        name = group_name(found.tensor.name, self._grid.group_by)
+        self._sums.setdefault(name, GramSum(self._with_errors)).add(found)
+
+    def _take(self, name: str, gram: Float64, replicates: Float64 | None) -> None:
+        """Forecast a tensor, or a group of them."""
+        moments = self._backtest.moments(gram, replicates)
+        self._by_group[name] = moments[0, [self._place[cell] for cell in self._cells]]
         # One that is exact is the same in every replicate.
         self._total = moments if self._total is None else self._total + moments
 
@@ -118,6 +146,9 @@ class Backtesting:
         OptionError
             If there was no tensor.
         """
+        for name, each in self._sums.items():
+            self._take(name, each.gram, each.replicates)
+        self._sums.clear()
         store, total = self._store, self._total
         if total is None:
             raise OptionError(
@@ -138,7 +169,8 @@ class Backtesting:
             exact=not any(is_estimated(tensor, exact=exact) for tensor in changed),
             forecasts=tuple(rows),
             recommendation=advice,
-            tensors=tuple(_tensors(self._by_tensor, self._settings, rows, advice)),
+            group_by=self._grid.group_by,
+            groups=tuple(_groups(self._by_group, self._settings, rows, advice)),
             left_out_tensors=reader.left_out,
             bytes_read=plan.stages[0].read_bytes,
             peak_memory_bytes=machine.peak_bytes(),
@@ -164,7 +196,8 @@ def backtest_store(
     reader = GramReader(
         store, exact=exact, base=base, executor=executor, progress=progress or NoProgress()
     )
-    plan = reader.plan(groups=0)
+    plan = reader.plan(groups=backtesting.groups)
+    backtesting.begin(plan)
     with one_blas_thread():
         for found in reader.grams(plan.workers):
             backtesting.add(found)
@@ -172,6 +205,11 @@ def backtest_store(
 
 
 def _settings(grid: Grid) -> list[Setting]:
+    if grid.group_by not in GROUPINGS_TESTED:
+        raise OptionError(
+            f"--group-by must be one of {', '.join(GROUPINGS_TESTED)}, not {grid.group_by!r}: "
+            "sketches are of whole tensors"
+        )
     for anchor in grid.anchors:
         if anchor not in ANCHORS:
             raise OptionError(f"--anchor must be one of {', '.join(ANCHORS)}, not {anchor!r}")
@@ -328,13 +366,13 @@ def _recommendation(rows: Sequence[ForecastSkill]) -> Recommendation | None:
     )
 
 
-def _tensors(
-    by_tensor: dict[str, Float64],
+def _groups(
+    by_group: dict[str, Float64],
     settings: Sequence[Setting],
     rows: Sequence[ForecastSkill],
     advice: Recommendation | None,
-) -> Iterable[BacktestTensor]:
-    """Yield each tensor's figures over all forecasts, with the recommended settings."""
+) -> Iterable[BacktestGroup]:
+    """Yield each group's figures over all forecasts, with the recommended settings."""
     number = 0
     if advice is not None:
         wanted = (advice.rank, advice.fit, advice.window, advice.anchor)
@@ -347,10 +385,10 @@ def _tensors(
         dampings = np.array([0.0 if row.auto is None else row.auto.damping for row in mine])
     else:
         dampings = np.full(len(mine), float(advice.damping))
-    for name, moments in by_tensor.items():
+    for name, moments in by_group.items():
         square, product_, came, onward = moments[:, number].T
         missed = (came - 2 * dampings * product_ + dampings**2 * square).sum()
-        yield BacktestTensor(
+        yield BacktestGroup(
             name=name,
             skill=float(1.0 - missed / onward.sum()) if onward.sum() > 0 else math.nan,
             best_damping=float(best_damping(moments[:, number].sum(axis=0))),

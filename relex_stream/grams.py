@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,37 @@ def exact_grams(
         )
         for number, group in enumerate(groups):
             yield TensorGram(group.tensors[0], found[number])
+
+
+@dataclass
+class GramSum:
+    """The sum of some tensors' Gram matrices.
+
+    Attributes
+    ----------
+    with_errors : bool
+        Whether replicates are summed too.
+    """
+
+    with_errors: bool
+    tensors: int = 0
+    weights: int = 0
+    gram: Float64 = field(default_factory=lambda: np.zeros((0, 0)))
+    replicates: Float64 | None = None
+
+    def add(self, found: TensorGram) -> None:
+        """Take a tensor in."""
+        if not self.tensors:
+            self.gram = np.zeros_like(found.gram)
+        self.tensors += 1
+        self.weights += found.tensor.elements
+        if self.with_errors:
+            if self.replicates is None and found.replicates is not None:
+                # So far all were exact: the same in every replicate.
+                self.replicates = np.repeat(self.gram[None], REPLICATES, axis=0)
+            if self.replicates is not None:
+                self.replicates += found.gram if found.replicates is None else found.replicates
+        self.gram += found.gram
 
 
 class GramReader:

@@ -293,8 +293,8 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class BacktestTensor:
-    """A tensor over all forecasts, with the recommended settings."""
+class BacktestGroup:
+    """A tensor, layer or module over all forecasts, with the recommended settings."""
 
     name: str
     skill: float
@@ -313,7 +313,9 @@ class BacktestSummary:
     forecasts: tuple[ForecastSkill, ...]
     recommendation: Recommendation | None
     """None if nothing was better than to stay where one is."""
-    tensors: tuple[BacktestTensor, ...] = field(repr=False)
+    group_by: str
+    """What has a subspace of its own."""
+    groups: tuple[BacktestGroup, ...] = field(repr=False)
     left_out_tensors: tuple[str, ...]
     bytes_read: int
     peak_memory_bytes: int

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import relex_stream as rs
+from relex_stream.grouping import group_name
 from relex_stream.skill import chosen_damping
 from relex_stream.summaries import ForecastSkill
 from tests import oracle
@@ -155,7 +156,7 @@ def test_tensors_have_their_own_skill(run: Trajectory, store: Path) -> None:
     assert summary.recommendation is not None
     row = summary.forecasts[0]
     advice = summary.recommendation
-    for tensor in summary.tensors:
+    for tensor in summary.groups:
         missed = stay = 0.0
         for each in summary.forecasts:
             damping = advice.damping
@@ -166,9 +167,55 @@ def test_tensors_have_their_own_skill(run: Trajectory, store: Path) -> None:
             stay += float((parts[2] ** 2).sum())
         assert tensor.skill == pytest.approx(1 - missed / stay, abs=1e-5)
         assert tensor.moved == pytest.approx(math.sqrt(stay), rel=1e-5)
-    assert {tensor.name for tensor in summary.tensors} == {
+    assert {tensor.name for tensor in summary.groups} == {
         name for name in SHAPES if "norm" not in name
     }
+
+
+@pytest.mark.parametrize("group_by", ["layer", "module", "model"])
+def test_groups_have_subspaces_of_their_own(run: Trajectory, store: Path, group_by: str) -> None:
+    groups: dict[str, list[str]] = {}
+    for name in SHAPES:
+        groups.setdefault(group_name(name, group_by), []).append(name)
+    summary = rs.backtest(
+        store, history_steps=[16], target_steps=[30], group_by=group_by, damping=1.0, exact=True
+    )
+    assert summary.group_by == group_by
+    for row in summary.forecasts:
+        missed = stay = 0.0
+        for names in groups.values():
+            forecast, came, onward = beside(run, names, row.anchor)
+            missed += float(((forecast - came) ** 2).sum())
+            stay += float((onward**2).sum())
+        assert row.skills[0].skill == pytest.approx(1 - missed / stay, abs=1e-5)
+    changed = {name for name, members in groups.items() if any("norm" not in m for m in members)}
+    assert {group.name for group in summary.groups} == changed
+    estimated = rs.backtest(
+        store, history_steps=[16], target_steps=[30], group_by=group_by, damping=1.0
+    )
+    for one, other in zip(summary.forecasts, estimated.forecasts, strict=True):
+        found = other.skills[0]
+        assert found.error is not None
+        assert abs(found.skill - one.skills[0].skill) <= 6 * found.error + 1e-6
+
+
+def beside(
+    run: Trajectory, names: list[str], anchor: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a forecast of step 30 from 16, what came, and the way on, of tensors side by side."""
+
+    def bits(step: int) -> np.ndarray:
+        return np.concatenate([run.bits[step][name].reshape(-1) for name in names])
+
+    steps = [step for step in STEPS if step <= 16]
+    seen = oracle.History(bits(0), "BF16", [bits(step) for step in steps], "BF16", steps)
+    known = oracle.History(
+        bits(0), "BF16", [bits(step) for step in STEPS], "BF16", list(STEPS)
+    ).deltas
+    came = known[STEPS.index(30)]
+    onward = came - known[STEPS.index(16)]
+    there, here = seen.predict(30, 1).delta, seen.predict(16, 1).delta
+    return (there, came, onward) if anchor == "base" else (there - here, onward, onward)
 
 
 # --- what is recommended -------------------------------------------------------------------------
@@ -254,6 +301,7 @@ def test_too_few_checkpoints_are_told_of(tmp_path: Path, steps: int) -> None:
         ({"fit": ["linear", "cubic"]}, "--fit must be one of"),
         ({"rank": 0}, "--rank must be at least 1"),
         ({"anchor": "last"}, "--anchor must be one of"),
+        ({"group_by": "run"}, "--group-by must be one of tensor, layer, module, model, not 'run'"),
         ({"damping": math.inf}, "--damping must be a number"),
         ({"window": 1}, "--window must be at least 2"),
         ({"window": 9, "history_steps": [8]}, "has 6 checkpoints, the fits need 9"),

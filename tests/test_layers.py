@@ -143,7 +143,7 @@ ROOMS = {
         BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces"}, {"numpy"}
     ),
     "backtesting": Room(
-        BELOW_STAGES | {"analysis", "grams", "methods", "skill", "subspaces"}, {"numpy"}
+        BELOW_STAGES | {"analysis", "grams", "grouping", "methods", "skill", "subspaces"}, {"numpy"}
     ),
     "nested": Room(
         BELOW_STAGES | {"grams", "grouping", "methods", "request", "skill", "subspaces"}, {"numpy"}

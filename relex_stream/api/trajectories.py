@@ -80,6 +80,7 @@ def backtest(
     window: int | Sequence[int] = (),
     anchor: str | Sequence[str] = ANCHORS_TESTED,
     damping: float | Sequence[float] = DAMPINGS_TESTED,
+    group_by: str = "tensor",
     exact: bool = False,
     base: AnyPath | None = None,
     memory_limit: int | None = None,
@@ -104,6 +105,8 @@ def backtest(
         As in `extrapolate`.
     window : int or sequence of int
         As in `extrapolate`; none: all.
+    group_by : str
+        As in `extrapolate`, but for ``"run"``.
     exact, base, memory_limit, workers
         As in `analyze`.
 
@@ -126,6 +129,7 @@ def backtest(
         windows=several(window) or (None,),
         anchors=several(anchor),
         dampings=several(damping),
+        group_by=group_by,
     )
     return backtest_store(
         Path(store),

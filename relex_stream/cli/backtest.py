@@ -14,7 +14,7 @@ from relex_stream.cli.session import Session
 if TYPE_CHECKING:
     from relex_stream.summaries import BacktestSummary, ForecastSkill, SkillOfDamping
 
-_TENSORS_SHOWN = 5
+_GROUPS_SHOWN = 5
 
 
 @click.command("backtest")
@@ -69,6 +69,13 @@ _TENSORS_SHOWN = 5
     multiple=True,
     help="As in extrapolate. May be given several times.",
 )
+@click.option(
+    "--group-by",
+    type=click.Choice(["tensor", "layer", "module", "model"]),
+    default="tensor",
+    show_default=True,
+    help="What has a subspace of its own, as in extrapolate.",
+)
 @options.exact
 @options.base
 @options.memory_limit
@@ -101,10 +108,10 @@ def describe(summary: BacktestSummary, *, verbose: bool = False) -> list[str]:
         "figures": figures,
     }
     lines = [*wording.pairs(rows), "", *_forecasts(summary), "", *_advice(summary)]
-    tensors = sorted(summary.tensors, key=lambda each: each.skill)
-    shown = tensors if verbose else tensors[:_TENSORS_SHOWN]
+    groups = sorted(summary.groups, key=lambda each: each.skill)
+    shown = groups if verbose else groups[:_GROUPS_SHOWN]
     if shown:
-        title = "tensor" if verbose else "least skill"
+        title = summary.group_by if verbose else "least skill"
         lines += [
             "",
             *wording.table(
@@ -177,6 +184,8 @@ def _advice(summary: BacktestSummary) -> list[str]:
     options_ += [f"--damping {damping}"]
     if advice.window is not None:
         options_.insert(2, f"--window {advice.window}")
+    if summary.group_by != "tensor":
+        options_.append(f"--group-by {summary.group_by}")
     count = wording.format_count(advice.forecasts, "forecast")
     reach = f"up to {advice.reach:.2f} times the history" if advice.reach else "not even nearby"
     if advice.reach and not advice.reach_is_known:

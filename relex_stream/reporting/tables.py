@@ -49,7 +49,7 @@ def csv_tables(numbers: ReportNumbers) -> dict[str, bytes]:
         tables["skill.csv"] = (_SKILL, _skill(numbers.backtest.forecasts))
         tables["tensor_skill.csv"] = (
             ("tensor", "skill", "best_damping", "moved"),
-            ((t.name, t.skill, t.best_damping, t.moved) for t in numbers.backtest.tensors),
+            ((t.name, t.skill, t.best_damping, t.moved) for t in numbers.backtest.groups),
         )
     return {name: write_csv(header, rows) for name, (header, rows) in sorted(tables.items())}
 

@@ -19,8 +19,8 @@ from relex_stream.errors import RelexStreamWarning
 from relex_stream.specs import Progress
 from relex_stream.summaries import (
     AnalyzeSummary,
+    BacktestGroup,
     BacktestSummary,
-    BacktestTensor,
     BuildSummary,
     DropSummary,
     ExportedFile,
@@ -257,8 +257,9 @@ BACKTEST = BacktestSummary(
         reach=4.0,
         reach_is_known=False,
     ),
-    tensors=tuple(
-        BacktestTensor(f"tensor {number}", 0.1 - 0.01 * number, 0.35, 0.125) for number in range(7)
+    group_by="tensor",
+    groups=tuple(
+        BacktestGroup(f"tensor {number}", 0.1 - 0.01 * number, 0.35, 0.125) for number in range(7)
     ),
     left_out_tensors=(),
     bytes_read=0,

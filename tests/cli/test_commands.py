@@ -242,11 +242,12 @@ def test_backtest_passes_every_option(api: FakeApi, run: Run) -> None:
         *("--rank", "3", "--target-step", "80", "--target-step", "90", "--fit", "polynomial:2"),
         *("--fit", "linear", "--window", "7", "--window", "9", "--anchor", "latest", "--exact"),
         *("--damping", "0.2", "--damping", "1", "--base", "b", "--memory-limit", "8GB"),
-        *("--workers", "2"),
+        *("--workers", "2", "--group-by", "layer"),
     )
     assert result.exit_code == 0, result.stderr
     expected = {
         "store": Path("run.store"),
+        "group_by": "layer",
         "history_steps": (40, 60),
         "target_steps": (80, 90),
         "rank": (2, 3),

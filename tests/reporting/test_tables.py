@@ -51,7 +51,7 @@ def test_tables_have_every_number_in_full(store: Path) -> None:
     plain = [row for row in tables["skill.csv"] if row["choice"] == "asked"]
     skills = [each.skill for row in numbers.backtest.forecasts for each in row.skills]
     assert [float(row["skill"]) for row in plain] == skills
-    assert len(tables["tensor_skill.csv"]) == len(numbers.backtest.tensors)
+    assert len(tables["tensor_skill.csv"]) == len(numbers.backtest.groups)
     assert int(tables["storage.csv"][-1]["checkpoint_bytes_so_far"]) == numbers.info.bytes_in
     assert len(tables["storage.csv"]) == len(STEPS)
     assert len(tables["memory.csv"]) == len(numbers.memory.stages)
