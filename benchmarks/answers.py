@@ -115,18 +115,22 @@ def _where(touched: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def command(
     model: str, steps: int, work: Path | None, runs: int, json_path: Path | None, *, markdown: bool
 ) -> None:
-    """Time analyze and extrapolate --dry-run, which read no weights, as whole processes."""
+    """Time what answers from the store alone and reads no weights, as whole processes."""
     report = Report(
         "Answers from the store alone", "answers", {"model": model, "steps": steps, "runs": runs}
     )
     with work_directory(work) as place:
         store = write_store(place, model, steps)
         target = ("--target-step", 20 * steps)
+        extrapolate = ("extrapolate", store, place / "out", *target, "--dry-run")
+        chosen = ("--anchor", "latest", "--damping", "auto")
+        page = ("--out", place / "report.html", "--overwrite")
         programs = [
             program("analyze", "analyze", store),
-            program(
-                "extrapolate --dry-run", "extrapolate", store, place / "out", *target, "--dry-run"
-            ),
+            program("extrapolate --dry-run", *extrapolate),
+            program("extrapolate --damping auto --dry-run", *extrapolate, *chosen),
+            program("backtest", "backtest", store),
+            program("report", "report", store, *page),
             program("info", "info", store),
         ]
         measured = alternate(programs, runs=runs, warmup=1)

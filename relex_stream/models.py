@@ -96,10 +96,9 @@ def make_models(
         # Workers have working directories of their own.
         store_path, base = store_path.absolute(), base and base.absolute()
     store = Store(store_path)
-    jobs = [
-        with_dampings(store, job, base=base, memory_limit=options.memory_limit, progress=progress)
-        for job in ask(store)
-    ]
+    jobs = with_dampings(
+        store, ask(store), base=base, memory_limit=options.memory_limit, progress=progress
+    )
     _warn_inside(jobs)
     batches = batches_of(jobs)
     refuse_inside(out, store.path, "OUT", "STORE")

@@ -9,6 +9,7 @@ sketch.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,15 +41,20 @@ Float64 = NDArray[np.float64]
 
 
 def with_dampings(
-    store: Store, job: Job, *, base: Path | None, memory_limit: int | None, progress: Progress
-) -> Job:
-    """Return a job with its dampings chosen where they are to be; warn of what speaks against it.
+    store: Store,
+    jobs: Sequence[Job],
+    *,
+    base: Path | None,
+    memory_limit: int | None,
+    progress: Progress,
+) -> list[Job]:
+    """Return jobs with their dampings chosen where they are to be; warn of what speaks against.
 
     Parameters
     ----------
     store : Store
-    job : Job
-        Of any method; but for extrapolations it is returned as it is.
+    jobs : sequence of Job
+        Of any method; but for extrapolations they are returned as they are.
     base, memory_limit, progress
         As in `models.RunOptions`.
 
@@ -57,31 +63,70 @@ def with_dampings(
     FitError
         If a damping is to be chosen and the history is too short for any choice.
     """
+    hindsights: dict[int, Hindsight] = {}
+    looks: dict[Hashable, list[int]] = {}
+    for number, job in enumerate(jobs):
+        hindsight = _hindsight(job)
+        if hindsight is not None:
+            hindsights[number] = hindsight
+        if hindsight is not None and hindsight.inner:
+            # One look at the Gram matrices serves all that are judged by the same.
+            looks.setdefault((job.rows, job.group_by, job.selection), []).append(number)
+    for numbers in looks.values():
+        some = [hindsights[number] for number in numbers]
+        options = jobs[numbers[0]].subspaces
+        assert options is not None
+        wanted = any(each.wanted for each in some)
+        reader = _reader(store, options, base, memory_limit, progress, small_too=wanted)
+        try:
+            _look(reader, some, options.group_by)
+        except MemoryLimitError:
+            if wanted:
+                raise
+            for number in numbers:
+                del hindsights[number]  # it was only to tell
+    _tell(list(hindsights.values()))
+    found = list(jobs)
+    for number, hindsight in hindsights.items():
+        if hindsight.wanted:
+            method = replace(hindsight.method, chosen=hindsight.chosen)
+            found[number] = replace(jobs[number], method=method)
+    return found
+
+
+def _hindsight(job: Job) -> Hindsight | None:
+    """Return what will judge a job by its history; None if nothing can or needs to."""
     method, options = job.method, job.subspaces
     if not isinstance(method, Extrapolation) or options is None or options.half_deltas:
-        return job
-    wanted = AUTO in method.dampings
+        return None
     inner = inner_forecasts(method)
     ahead = [target for target in method.targets if target > method.history[-1]]
-    if wanted and len(inner) < len(ahead):
+    if AUTO in method.dampings and len(inner) < len(ahead):
         raise FitError(
             f"--damping auto needs a longer history: {len(method.history)} checkpoints are too few "
             f"to forecast the last of them from at least {LEAST_NESTED_STEPS} before; name a "
             "damping (0.3 is a careful one)"
         )
-    if not inner:
-        return job
-    try:
-        reader = _reader(store, options, base, memory_limit, progress, small_too=wanted)
-        hindsight = Hindsight(method, inner, reader, options.group_by)
-    except MemoryLimitError:
-        if wanted:
-            raise
-        return job  # it was only to tell
-    hindsight.tell()
-    if not wanted:
-        return job
-    return replace(job, method=replace(method, chosen=hindsight.chosen))
+    if not inner and AUTO not in method.dampings:
+        return None
+    return Hindsight(method, inner)
+
+
+def _look(reader: GramReader, hindsights: Sequence[Hindsight], group_by: str) -> None:
+    """Show every Gram matrix of a history: those of tensors, or summed over groups."""
+    alone = group_by in ("tensor", "run")  # a run has no sketch: its tensor stands for it
+    sums: dict[str, Float64] = {}
+    plan = reader.plan(groups=0 if alone else 64)
+    for found in reader.grams(plan.workers):
+        if alone:
+            for hindsight in hindsights:
+                hindsight.add(found.gram)
+            continue
+        name = group_name(found.tensor.name, group_by)
+        sums[name] = sums[name] + found.gram if name in sums else found.gram
+    for gram in sums.values():
+        for hindsight in hindsights:
+            hindsight.add(gram)
 
 
 def _reader(
@@ -132,99 +177,87 @@ class Hindsight:
     method : Extrapolation
     inner : dict of int to list of Cell
         By target; the furthest first.
-    reader : GramReader
-        Of the history.
-    group_by : str
-
-    Attributes
-    ----------
-    chosen : dict of (int, int) to float
-        The damping of each target and rank, for anchor ``"latest"``.
     """
 
-    def __init__(
-        self, method: Extrapolation, inner: dict[int, list[Cell]], reader: GramReader, group_by: str
-    ) -> None:
-        self._method = method
-        self._inner = inner
-        self._settings = [
+    def __init__(self, method: Extrapolation, inner: dict[int, list[Cell]]) -> None:
+        self.method = method
+        self.inner = inner
+        self.settings = [
             Setting(rank, method.fit, anchor)
             for rank in method.ranks
             for anchor in dict.fromkeys([*method.anchors, "latest"])
         ]
         self._cells = list(dict.fromkeys(cell for cells in inner.values() for cell in cells))
-        self._moments = self._read(reader, group_by)
-        # Inside the history nothing is predicted that did not come.
-        self.chosen = {(target, rank): 1.0 for target in method.targets for rank in method.ranks}
-        for target in inner:
-            for setting in self._settings:
-                if setting.anchor == "latest":
-                    chosen = chosen_damping(self._mean(target, setting))
-                    self.chosen[target, setting.rank] = chosen
+        self._backtest = Backtest(method.history, self._cells, self.settings)
+        self._moments = np.zeros((len(self._cells), len(self.settings), 4))
 
-    def _read(self, reader: GramReader, group_by: str) -> Float64:
-        """Return the moments of the model: of the subspace of each group, added up."""
-        backtest = Backtest(self._method.history, self._cells, self._settings)
-        total = np.zeros((len(self._cells), len(self._settings), 4))
-        alone = group_by in ("tensor", "run")  # a run has no sketch: its tensor stands for it
-        sums: dict[str, Float64] = {}
-        plan = reader.plan(groups=0 if alone else 64)
-        for found in reader.grams(plan.workers):
-            if alone:
-                total += backtest.moments(found.gram)[0]
-                continue
-            name = group_name(found.tensor.name, group_by)
-            sums[name] = sums[name] + found.gram if name in sums else found.gram
-        for gram in sums.values():
-            total += backtest.moments(gram)[0]
-        return total
+    @property
+    def wanted(self) -> bool:
+        """Whether a damping is to be chosen."""
+        return AUTO in self.method.dampings
 
-    def _mean(self, target: int, setting: Setting) -> Float64:
+    def add(self, gram: Float64) -> None:
+        """Take in what has a subspace of its own."""
+        self._moments += self._backtest.moments(gram)[0]
+
+    def mean(self, target: int, setting: Setting) -> Float64:
         """Return moments whose skill is the mean of the nested forecasts of a target."""
-        cells = [self._cells.index(cell) for cell in self._inner[target]]
-        return mean_moments(self._moments[cells, self._settings.index(setting)])
+        cells = [self._cells.index(cell) for cell in self.inner[target]]
+        return mean_moments(self._moments[cells, self.settings.index(setting)])
 
-    def tell(self) -> None:
-        """Warn of settings that did worse than to stay, and of targets too far ahead to know."""
-        asked = [
-            (float(skill(self._mean(target, setting), damping)), target, setting, damping)
-            for target in self._inner
-            for setting in self._settings
-            for damping in self._method.dampings
-            if setting.anchor in self._method.anchors and not isinstance(damping, str)
-        ]
-        worst = min(asked, key=lambda each: each[0], default=None)
-        if worst is not None and worst[0] < 0:
-            value, target, setting, damping = worst
-            warnings.warn(
-                f"{self._forecasts(target)} with --anchor {setting.anchor} --damping {damping:g} "
-                f"had a mean skill of {value:.2f} (below 0: staying was nearer to what came); "
-                f"--anchor latest --damping auto takes {self.chosen[target, setting.rank]:.2f}; "
-                "see relex-stream backtest",
-                ForecastWarning,
-                stacklevel=3,
-            )
-        last = self._method.history[-1]
-        far = [target for target in self._inner if target / last > self._reach(target)]
-        if AUTO in self._method.dampings and far:
-            warnings.warn(
-                f"the history is too short to know how forecasts do as far ahead as step "
-                f"{max(far)}, {max(far) / last:.2f} times as far: --damping auto "
-                f"({self.chosen[max(far), self._method.ranks[0]]:.2f}) goes by "
-                f"{self._forecasts(max(far))}",
-                ForecastWarning,
-                stacklevel=3,
-            )
+    @property
+    def chosen(self) -> dict[tuple[int, int], float]:
+        """The damping of each target and rank, for anchor ``"latest"``."""
+        # Inside the history nothing is predicted that did not come.
+        method = self.method
+        found = {(target, rank): 1.0 for target in method.targets for rank in method.ranks}
+        for target in self.inner:
+            for setting in self.settings:
+                if setting.anchor == "latest":
+                    found[target, setting.rank] = chosen_damping(self.mean(target, setting))
+        return found
+
+    def asked(self) -> Iterator[tuple[float, str]]:
+        """Yield the mean skill of each setting that is asked for, and what to say if it is low."""
+        method = self.method
+        for target in self.inner:
+            for setting in self.settings:
+                if setting.anchor not in method.anchors:
+                    continue
+                for damping in method.dampings:
+                    if isinstance(damping, str):
+                        continue
+                    value = float(skill(self.mean(target, setting), damping))
+                    text = (
+                        f"{self.forecasts(target)} with {_options(setting)} --damping {damping:g} "
+                        f"had a mean skill of {value:.2f} (below 0: staying was nearer to what "
+                        "came); --anchor latest --damping auto takes "
+                        f"{self.chosen[target, setting.rank]:.2f}"
+                    )
+                    yield value, text
+
+    def too_far(self) -> Iterator[tuple[float, str]]:
+        """Yield how many times as far a target is that is too far to know, and what to say."""
+        last = self.method.history[-1]
+        for target in self.inner:
+            if target / last > self._reach(target):
+                text = (
+                    "the history is too short to know how forecasts do as far ahead as step "
+                    f"{target}, {target / last:.2f} times as far: --damping auto "
+                    f"({self.chosen[target, self.method.ranks[0]]:.2f}) goes by "
+                    f"{self.forecasts(target)}"
+                )
+                yield target / last, text
 
     def _reach(self, target: int) -> float:
         """Return how many times as far the furthest nested forecast goes."""
-        history = self._method.history
-        return history[-1] / history[self._inner[target][0].rows - 1]
+        history = self.method.history
+        return history[-1] / history[self.inner[target][0].rows - 1]
 
-    def _forecasts(self, target: int) -> str:
+    def forecasts(self, target: int) -> str:
         """Return the nested forecasts of a target in words."""
-        history = self._method.history
-        begins = [history[cell.rows - 1] for cell in self._inner[target]]
+        history = self.method.history
+        begins = [history[cell.rows - 1] for cell in self.inner[target]]
         several = (
             f"{', '.join(map(str, begins[:-1]))} and {begins[-1]}" if begins[1:] else begins[0]
         )
@@ -232,3 +265,29 @@ class Hindsight:
             f"forecasts of step {history[-1]} from {several} (up to {self._reach(target):.2f} "
             "times as far)"
         )
+
+
+def _options(setting: Setting) -> str:
+    """Return how a setting is asked for, without what is so by default."""
+    fit = setting.fit
+    parts = [
+        f"--rank {setting.rank}" if setting.rank != 1 else "",
+        f"--fit {fit.curve}" if fit.curve != "linear" else "",
+        f"--window {fit.window}" if fit.window else "",
+        f"--refit-every {fit.refit_every}" if fit.refit_every else "",
+        f"--anchor {setting.anchor}",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _tell(hindsights: Sequence[Hindsight]) -> None:
+    """Warn of the setting that did worst, if worse than to stay, and of the target too far off."""
+    low = [each for hindsight in hindsights for each in hindsight.asked() if each[0] < 0]
+    if low:
+        text = min(low)[1]
+        if len(low) > 1:
+            text += f"; the worst of {len(low)} below 0"
+        warnings.warn(f"{text}; see relex-stream backtest", ForecastWarning, stacklevel=4)
+    far = [each for hindsight in hindsights if hindsight.wanted for each in hindsight.too_far()]
+    if far:
+        warnings.warn(max(far)[1], ForecastWarning, stacklevel=4)

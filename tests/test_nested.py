@@ -13,6 +13,8 @@ import pytest
 
 import relex_stream as rs
 from relex_stream import nested
+from relex_stream.fit import Fit
+from relex_stream.skill import Setting
 from relex_stream.store import SketchReader, Store
 from tests import oracle
 from tests.make_checkpoints import Trajectory, make_trajectory
@@ -291,6 +293,29 @@ def test_a_forecast_that_failed_as_far_ahead_is_told_of_with_its_skill(tmp_path:
     assert "--damping auto takes 0.00;" in message
 
 
+def test_of_several_settings_the_worst_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = turning(tmp_path)
+    looks: list[int] = []
+    look = nested._look
+    monkeypatch.setattr(nested, "_look", lambda *a: (looks.append(len(a[1])), look(*a)))
+    grid = [{"target_step": 24, "fit": ["linear", "polynomial:2"], "damping": [0.5, 1]}]
+    with pytest.warns(rs.ForecastWarning) as told:
+        rs.sweep(made, tmp_path / "out", grid=grid, dry_run=True)
+    (message,) = [str(each.message) for each in told]
+    assert "with --anchor base --damping 1 had a mean skill of" in message
+    assert "; the worst of 3 below 0; see relex-stream backtest" in message
+    assert looks == [2]  # one look at the Gram matrices for both
+
+
+def test_a_setting_is_named_by_its_options() -> None:
+    assert nested._options(Setting(1, Fit(), "base")) == "--anchor base"
+    assert nested._options(Setting(2, Fit("polynomial:2", 5, 3), "latest")) == (
+        "--rank 2 --fit polynomial:2 --window 5 --refit-every 3 --anchor latest"
+    )
+
+
 def test_nothing_is_told_of_what_had_skill_or_cannot_be_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +331,7 @@ def test_nothing_is_told_of_what_had_skill_or_cannot_be_known(
         def short_of_memory(*_: Any, **__: Any) -> Any:
             raise rs.MemoryLimitError("too little")
 
-        monkeypatch.setattr(nested, "Hindsight", short_of_memory)
+        monkeypatch.setattr(nested, "_look", short_of_memory)
         rs.extrapolate(made, tmp_path / "d", target_steps=[24], dry_run=True)
         with pytest.raises(rs.MemoryLimitError):
             rs.extrapolate(made, tmp_path / "e", target_steps=[24], damping="auto", anchor="latest")

@@ -463,7 +463,7 @@ def test_a_strip_whose_changes_are_too_many_is_not_swept_for_each_of_its_blocks(
 
     monkeypatch.setattr(BlockReader, "runs", count)
     # What the history makes of its own end is read besides.
-    monkeypatch.setattr(models, "with_dampings", lambda _, job, **__: job)
+    monkeypatch.setattr(models, "with_dampings", lambda _, jobs, **__: jobs)
     whole, widths = extrapolate(tmp_path / "whole", 1 << 20)
     assert max(widths) > 1
     # Every small tensor fits by itself, its strip does not: it is decoded once for statistics, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from relex_stream import wording
@@ -13,22 +14,23 @@ if TYPE_CHECKING:
 _MOST_OUTPUTS = 20
 _MOST_WEIGHTS = 8
 
-_SWEPT = (
-    *("name", "history_steps", "group_by", "svd", "power_iterations"),
-    *("fit", "window", "refit_every", "fitted"),
+_OWN_OF_A_SWEEP = frozenset(
+    {
+        *("method", "name", "history_steps", "group_by", "svd", "power_iterations"),
+        *("fit", "window", "refit_every", "fitted", "compat", "excluded_from"),
+    }
 )
-"""Settings that are each output's own where they differ."""
+"""What an output says of itself only where the outputs of a sweep differ in it."""
 
 
 def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
     """Return the plan of a dry run, or the closing summary."""
     rows = {"store": summary.store}
-    shown = summary.outputs if verbose else summary.outputs[:_MOST_OUTPUTS]
-    for output in shown:
-        inside = " (inside the history)" if output.inside_history else ""
-        rows[_label(summary, output)] = f"{output.path}{inside}"
-    if len(shown) < len(summary.outputs):
-        rows["..."] = f"and {len(summary.outputs) - len(shown)} more (--verbose lists all)"
+    models = _models(summary, verbose=verbose)
+    if _is_sweep(summary):
+        rows["models"] = f"{len(summary.outputs)} in {_common(summary)}, told apart below"
+    else:
+        rows |= dict(models)
     rows["history"] = wording.format_steps(summary.history, full=verbose)
     rows["method"] = _method(summary)
     if summary.excluded_tensors:
@@ -38,8 +40,8 @@ def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
             f"{'base' if source == 'base' else 'last checkpoint'}"
         )
     if summary.dry_run:
-        plan = describe_plan(summary.plan)
-        return ["dry run: nothing was written", "", *wording.pairs(rows), "", *plan]
+        lines = ["dry run: nothing was written", "", *wording.pairs(rows)]
+        return [*lines, *_table(summary, models), "", *describe_plan(summary.plan)]
 
     rows["tensors"] = f"{summary.tensors:,}, of which {summary.unchanged_tensors:,} never changed"
     if summary.median_explained_variance is not None:
@@ -53,7 +55,7 @@ def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
         rows["devices"] = ", ".join(summary.plan.devices.names)
     rows["peak memory"] = wording.format_bytes(summary.peak_memory_bytes)
     rows["elapsed"] = wording.format_duration(summary.elapsed_s)
-    lines = wording.pairs(rows)
+    lines = [*wording.pairs(rows), *_table(summary, models)]
     if weights := _weights(summary, verbose=verbose):
         lines += ["", *weights]
     if verbose:
@@ -61,21 +63,52 @@ def describe(summary: ModelsSummary, *, verbose: bool) -> list[str]:
     return lines
 
 
+def _is_sweep(summary: ModelsSummary) -> bool:
+    """Say whether outputs differ in more than what names them in a single command."""
+    return any(_OWN_OF_A_SWEEP & output.what.keys() for output in summary.outputs)
+
+
+def _common(summary: ModelsSummary) -> str:
+    """Return the directory that all outputs lie in."""
+    return os.path.commonpath([output.path for output in summary.outputs])
+
+
+def _models(summary: ModelsSummary, *, verbose: bool) -> list[tuple[str, str]]:
+    """Return for each output what tells it from others, and where it is."""
+    shown = summary.outputs if verbose else summary.outputs[:_MOST_OUTPUTS]
+    rows = []
+    for output in shown:
+        inside = " (inside the history)" if output.inside_history else ""
+        if _is_sweep(summary):
+            # Directories tell them apart.
+            chosen = output.what.get("damping_chosen")
+            note = "" if chosen is None else f"damping {chosen:.3f} chosen"
+            rows.append((os.path.relpath(output.path, _common(summary)), f"{note}{inside}"))
+        else:
+            rows.append((_label(summary, output), f"{output.path}{inside}"))
+    if len(shown) < len(summary.outputs):
+        more = len(summary.outputs) - len(shown)
+        rows.append(("...", f"and {more} more (--verbose lists all)"))
+    return rows
+
+
+def _table(summary: ModelsSummary, models: list[tuple[str, str]]) -> list[str]:
+    """Return the outputs of a sweep."""
+    if not _is_sweep(summary):
+        return []
+    return ["", *wording.table(("model", ""), models, "ll")]
+
+
 def _label(summary: ModelsSummary, output: Output) -> str:
-    """Return what tells an output from the others."""
+    """Return what tells an output from the others of a command."""
     what = output.what
     if "recipe" in what:
-        last = what.get("history_steps")
-        return str(what["recipe"]) + ("" if last is None else f", history steps {last}")
+        return str(what["recipe"])
     parts = [f"step {what['target_step'] if 'target_step' in what else what['step']}"]
-    if "step" in what and "method" in what:
-        parts[0] += ", projected"  # beside models that are not
-    for name in (*_SWEPT, "rank", "damping", "anchor"):
-        values = {str(each.what[name]) for each in summary.outputs if name in each.what}
-        if name in what and len(values) > 1:
+    for name in ("rank", "damping", "anchor"):
+        if len({str(each.what.get(name)) for each in summary.outputs}) > 1:
             value = what[name]
-            shown = f"{value:g}" if isinstance(value, float) else "none" if value is None else value
-            parts.append(f"{name.replace('_', ' ')} {shown}")
+            parts.append(f"{name} {f'{value:g}' if isinstance(value, float) else value}")
     if "damping_chosen" in what:
         parts.append(f"damping {what['damping_chosen']:.3f} chosen")
     return ", ".join(parts)

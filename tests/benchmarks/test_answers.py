@@ -40,5 +40,12 @@ def test_every_command_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     rows = Report.read(file).rows
-    assert [row["command"] for row in rows] == ["analyze", "extrapolate --dry-run", "info"]
+    assert [row["command"] for row in rows] == [
+        "analyze",
+        "extrapolate --dry-run",
+        "extrapolate --damping auto --dry-run",
+        "backtest",
+        "report",
+        "info",
+    ]
     assert all(row["wall_s"] > 0 for row in rows)

@@ -208,10 +208,9 @@ def test_sweep_says_what_it_is_not_asked(
 
 def test_sweep_summary(run: Run) -> None:
     output = run(*COMMAND_LINES["sweep"]).stdout
-    assert "step 600, fit linear, window none " in output
-    assert "step 600, fit polynomial:2, window 20 " in output
-    assert "step 40, projected" in output
-    assert "out/method_extrapolate/fit_polynomial-2\n" in output
+    assert "models       3 in out, told apart below\n" in output
+    assert "\nmethod_extrapolate/fit_polynomial-2  damping 0.250 chosen\n" in output
+    assert "\nmethod_reconstruct\n" in output
     assert "RELEX; projection\n" in output
 
 
