@@ -400,7 +400,8 @@ def _skill(numbers: ReportNumbers) -> Section:
         "Skill of forecasts of stored steps, each panel from another end of the history, against "
         "how far ahead they were. 1 is perfect, 0 no nearer to what came than staying at the last "
         "observed step, below 0 worse than that; in the green part the forecast was nearer. Auto "
-        "is the damping that the history chooses by itself; the best one is known afterwards only."
+        "is the damping that the history chooses by itself, by a rule that was settled by reward: "
+        "it may go further than is best here. The best one is known afterwards only."
     )
     if any(value < charts.LEAST_SKILL for value in plain):
         caption += f" Skills below {charts.LEAST_SKILL:g} are triangles at the edge."

@@ -87,9 +87,9 @@ def test_bytes_add_up_to_those_of_the_store(store: Path) -> None:
 
 
 def test_memory_is_that_of_extrapolate(store: Path, tmp_path: Path) -> None:
-    numbers = numbers_of(store, memory_limit=1 << 30)
+    numbers = numbers_of(store, memory_limit=8 << 30)
     plan = rs.extrapolate(
-        store, tmp_path / "out", target_steps=[82], dry_run=True, workers=2, memory_limit=1 << 30
+        store, tmp_path / "out", target_steps=[82], dry_run=True, workers=2, memory_limit=8 << 30
     ).plan
     assert numbers.memory.stages == plan.stages
     assert (numbers.memory.shared_bytes, numbers.memory.workers) == (plan.shared_bytes, 2)
