@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from relex_stream.errors import FitError, ForecastWarning, MemoryLimitError
 from relex_stream.grams import GramReader
-from relex_stream.graph import Threads
+from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.grouping import group_name
 from relex_stream.methods import AUTO, Extrapolation
 from relex_stream.request import Job
@@ -117,16 +117,17 @@ def _look(reader: GramReader, hindsights: Sequence[Hindsight], group_by: str) ->
     alone = group_by in ("tensor", "run")  # a run has no sketch: its tensor stands for it
     sums: dict[str, Float64] = {}
     plan = reader.plan(groups=0 if alone else 64)
-    for found in reader.grams(plan.workers):
-        if alone:
+    with one_blas_thread():
+        for found in reader.grams(plan.workers):
+            if alone:
+                for hindsight in hindsights:
+                    hindsight.add(found.gram)
+                continue
+            name = group_name(found.tensor.name, group_by)
+            sums[name] = sums[name] + found.gram if name in sums else found.gram
+        for gram in sums.values():
             for hindsight in hindsights:
-                hindsight.add(found.gram)
-            continue
-        name = group_name(found.tensor.name, group_by)
-        sums[name] = sums[name] + found.gram if name in sums else found.gram
-    for gram in sums.values():
-        for hindsight in hindsights:
-            hindsight.add(gram)
+                hindsight.add(gram)
 
 
 def _reader(
