@@ -19,7 +19,7 @@ from tests.make_checkpoints import make_trajectory
 from tests.test_layers import ROOMS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not-run: \S.* -->")
 SHELLS = {"bash", "console", "sh", "shell"}
 

@@ -224,7 +224,8 @@ def combine(
     recipes : sequence of str
         ``"two-point:target=500"`` (RLVR-Linearity, arXiv 2601.04537), ``"expo:alpha=0.3"``
         (arXiv 2404.16792), ``"first-update:scale=50"``, ``"ema:decay=0.9"``, ``"lawa:last=5"``
-        (arXiv 2306.03241); docs/cli.md has all of their settings.
+        (arXiv 2306.03241); docs/commands/combine.md has all of their
+        settings.
     weights : sequence of str
         ``"100=0.5,200=0.75"``: the weight of each step; the base has what is left of 1.
     history_steps : int, optional

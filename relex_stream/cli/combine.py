@@ -19,7 +19,7 @@ from relex_stream.cli.session import Session
     "recipes",
     metavar="RECIPE",
     multiple=True,
-    help="A published recipe, see below. May be given several times.",
+    help="A published recipe, see above. May be given several times.",
 )
 @click.option(
     "--weights",

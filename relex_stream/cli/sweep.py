@@ -31,7 +31,7 @@ _SELECTION = ("include", "exclude", "excluded_from")
     "--grid",
     type=options.PATH,
     metavar="FILE",
-    help="A YAML file of the settings, see below; instead of the options that follow.",
+    help="A YAML file of the settings, see above; instead of the options that follow.",
 )
 @_several("--target-step", "N", _NUMBER, "Extrapolate to this step.")
 @_several("--step", "N", _NUMBER, "Reconstruct this stored step.")
@@ -43,10 +43,21 @@ _SELECTION = ("include", "exclude", "excluded_from")
 @_several("--window", "W|all", options.NumberOr("all"), "Fit the last W.  [default: all]")
 @_several("--refit-every", "F|never", options.NumberOr("never"), "Fit again.  [default: never]")
 @_several("--damping", "X|auto", options.DampingType(), "Times the prediction.  [default: 1]")
-@_several("--anchor", "base|latest", click.Choice(["base", "latest"]), "[default: base]")
+@_several(
+    "--anchor",
+    "base|latest",
+    click.Choice(["base", "latest"]),
+    "As in extrapolate.  [default: base]",
+)
 @_several("--group-by", "WHAT", click.STRING, "What has a subspace of its own.  [default: tensor]")
-@click.option("--svd", type=click.Choice(["randomized", "exact"]), help="[default: randomized]")
-@click.option("--power-iterations", type=_NUMBER, metavar="Q", help="[default: 1]")
+@click.option(
+    "--svd",
+    type=click.Choice(["randomized", "exact"]),
+    help="As in extrapolate.  [default: randomized]",
+)
+@click.option(
+    "--power-iterations", type=_NUMBER, metavar="Q", help="As in extrapolate.  [default: 1]"
+)
 @options.selection
 @options.making
 @options.common
