@@ -111,9 +111,7 @@ class Analysis:
             for grouping, groups in self._sums.groups.items()
         }
         if not described["model"]:
-            raise OptionError(
-                f"no step of {store.path} changed any weight; there is nothing to analyze"
-            )
+            reader.refuse_nothing("analyze")
         changed = changed_tensors(store, len(store.steps))
         tracked = sum(tensor.kind == "tracked" for tensor in store.manifest.tensors)
         places = {tensor.name: tensor.index for tensor in store.manifest.tensors}

@@ -151,9 +151,7 @@ class Backtesting:
         self._sums.clear()
         store, total = self._store, self._total
         if total is None:
-            raise OptionError(
-                f"no step of {store.path} changed any weight; there is nothing to test"
-            )
+            reader.refuse_nothing("test")
         rows = [
             _forecast(
                 store.steps, total, cell, inner, number, setting, self._place, self._grid.dampings

@@ -156,7 +156,7 @@ def _description(settings: dict[str, Any], facts: dict[str, Any]) -> tuple[str, 
     damping = facts.get("damping_chosen", facts["damping"])
     times = "" if damping == 1 else f", times {damping:.4g},"
     if facts["damping"] == AUTO:
-        times = f", times {damping:.4g} (what was best for forecasting the end of the history),"
+        times = f", times {damping:.4g} (chosen by forecasts of the end of the history),"
     onto = (
         f"the predicted delta{times} is added to the base model"
         if facts["anchor"] == "base"

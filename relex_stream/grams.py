@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from relex_stream.analysis import REPLICATES, estimated_gram, replicated_grams
 from relex_stream.base_weights import BaseWeights, open_base
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.blocks import float_pairs, model_shape
-from relex_stream.errors import RelexStreamWarning, SourceError
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.graph import Executor, Threads
 from relex_stream.sketch import Subspace, cumulate, gram_of_deltas, unpack_sketch
 from relex_stream.sources import CheckpointReader
@@ -259,6 +260,22 @@ class GramReader:
                 progress=self._progress,
                 entry_capacity=DEFAULT_ENTRY_CAPACITY,
             )
+
+    def refuse_nothing(self, verb: str) -> NoReturn:
+        """Say why there was no tensor.
+
+        Raises
+        ------
+        OptionError
+        """
+        if self.left_out:
+            raise OptionError(
+                f"all {len(self.left_out)} tensors of {self._store.path} that changed are small, "
+                f"and to {verb} them takes the base: say with --base where it is"
+            )
+        raise OptionError(
+            f"no step of {self._store.path} changed any weight; there is nothing to {verb}"
+        )
 
     def _leave_out(self, error: SourceError) -> None:
         self.left_out = tuple(tensor.name for tensor in self._looked_up)

@@ -48,7 +48,8 @@ class Product:
 def product_paths(products: Sequence[Product]) -> list[str]:
     """Return the directory of each product below the output: ``""`` for the only one.
 
-    A level is left out where it has the same value in all that lie beside each other.
+    Those that have the same levels, by name, have the same depth: a level is left out where it has
+    one value in all of them. The outermost is left out only where it has one value in all.
 
     Raises
     ------
@@ -62,27 +63,23 @@ def product_paths(products: Sequence[Product]) -> list[str]:
     >>> product_paths([Product(each, {}) for each in levels])
     ['damping_0.3', 'damping_1']
     """
-    paths = [""] * len(products)
-    beside = [list(range(len(products)))]
-    for depth in range(max((len(each.levels) for each in products), default=0)):
-        deeper = []
-        for numbers in beside:
-            by_level: dict[str, list[int]] = {}
-            for number in numbers:
-                level = products[number].levels[depth : depth + 1]
-                by_level.setdefault(
-                    "".join(f"{name}_{_text(value)}" for name, value in level), []
-                ).append(number)
-            for level_text, same in by_level.items():
-                if len(by_level) > 1:
-                    for number in same:
-                        paths[number] += "/" * bool(paths[number]) + level_text
-                deeper.append(same)
-        beside = deeper
-    twice = next((numbers for numbers in beside if len(numbers) > 1), None)
-    if twice is not None:
-        where = paths[twice[0]] or "with all their settings"
-        raise OptionError(f"two outputs are the same: {where}")
+    values: dict[Any, set[str]] = {}
+    for each in products:
+        names = tuple(name for name, _ in each.levels)
+        for depth, (name, value) in enumerate(each.levels):
+            values.setdefault((names if depth else (), name), set()).add(_text(value))
+    paths = []
+    for each in products:
+        names = tuple(name for name, _ in each.levels)
+        parts = [
+            f"{name}_{_text(value)}"
+            for depth, (name, value) in enumerate(each.levels)
+            if len(values[names if depth else (), name]) > 1
+        ]
+        paths.append("/".join(parts))
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise OptionError(f"two outputs are the same: {twice or 'with all their settings'}")
     return paths
 
 

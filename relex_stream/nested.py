@@ -287,7 +287,7 @@ def _tell(hindsights: Sequence[Hindsight]) -> None:
     if low:
         text = min(low)[1]
         if len(low) > 1:
-            text += f"; the worst of {len(low)} below 0"
+            text += f"; of the models asked for, the worst of {len(low)} below 0"
         warnings.warn(f"{text}; see relex-stream backtest", ForecastWarning, stacklevel=4)
     far = [each for hindsight in hindsights if hindsight.wanted for each in hindsight.too_far()]
     if far:

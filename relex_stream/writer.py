@@ -231,7 +231,7 @@ class OutputDirectory:
         if not self.overwrite:
             raise OutputError(
                 f"{self.path} exists; name another directory, or give --overwrite to replace a "
-                "model that extrapolate wrote"
+                "model that relex-stream wrote"
             )
         if self.path.is_symlink() or not self.path.is_dir():
             raise OutputError(f"{self.path} is not a directory; it is left as it is")

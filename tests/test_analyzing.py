@@ -226,3 +226,16 @@ def test_a_run_in_which_nothing_moved(tmp_path: Path) -> None:
         rs.build_store(run.base, run.checkpoints, tmp_path / "store")
     with pytest.raises(rs.OptionError, match="changed any weight"):
         rs.analyze(tmp_path / "store", rank=1)
+
+
+@pytest.mark.parametrize("look", [rs.analyze, rs.backtest])
+def test_where_all_tensors_are_small_the_base_is_asked_for(tmp_path: Path, look: Any) -> None:
+    made = make_trajectory(tmp_path, steps=range(1, 6), tensors={"w": (20, 30)}, change_share=0.5)
+    rs.build_store(made.base, made.checkpoints, tmp_path / "store")
+    made.base.rename(tmp_path / "elsewhere")
+    with (
+        pytest.warns(rs.RelexStreamWarning, match="1 small tensors"),
+        pytest.raises(rs.OptionError, match="takes the base: say with --base where it is"),
+    ):
+        look(tmp_path / "store")
+    look(tmp_path / "store", base=tmp_path / "elsewhere")

@@ -73,8 +73,8 @@ def extrapolate(
         predicted, and so on.
     damping : float or "auto", or sequence of them
         What the predicted delta is multiplied by, or the predicted change with anchor ``"latest"``.
-        ``"auto"``, with that anchor: what would have been best for forecasting the end of the
-        history, as far ahead, from its beginning.
+        ``"auto"``, with that anchor: chosen by what forecasts of the end of the history
+        from its earlier steps were worth (`skill.chosen_damping`).
     anchor : str or sequence of str
         ``"base"``: base + predicted delta. ``"latest"``: last checkpoint + predicted change since
         it, which keeps what lies outside the subspace.

@@ -160,5 +160,5 @@ def _bend(group: GroupAnalysis) -> str:
 
 def _bent(bend: float) -> str:
     if math.isnan(bend) or abs(bend) < 0.02:
-        return "is straight"
+        return "is straight so far"
     return "slows down" if bend > 0 else "speeds up"

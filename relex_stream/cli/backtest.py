@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _GROUPS_SHOWN = 5
 
+_WEAK_SKILL = 0.1
+"""Less is said to be little: a tenth of the squared distance that staying would have missed by."""
+
 
 @click.command("backtest")
 @options.store_argument
@@ -193,7 +196,8 @@ def _advice(summary: BacktestSummary) -> list[str]:
     return wording.pairs(
         {
             "most skill": " ".join(options_),
-            "mean skill": f"{advice.mean_skill:.3f} over {count}, least {advice.least_skill:.3f}",
+            "mean skill": f"{advice.mean_skill:.3f} over {count}, least {advice.least_skill:.3f}"
+            + (": hardly nearer than staying" if advice.mean_skill < _WEAK_SKILL else ""),
             "above 0": reach,
         }
     )

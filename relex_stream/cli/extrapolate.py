@@ -39,8 +39,8 @@ from relex_stream.cli.session import Session
     metavar="X|auto",
     multiple=True,
     help="Multiply the predicted delta by X, or the predicted change with --anchor latest. auto, "
-    "with that anchor: as would have been best for forecasting the end of the history from its "
-    "beginning. May be given several times.",
+    "with that anchor: chosen by what forecasts of the end of the history from its earlier steps "
+    "were worth. May be given several times.",
 )
 @click.option(
     "--anchor",

@@ -109,7 +109,9 @@ def _label(summary: ModelsSummary, output: Output) -> str:
         if len({str(each.what.get(name)) for each in summary.outputs}) > 1:
             value = what[name]
             parts.append(f"{name} {f'{value:g}' if isinstance(value, float) else value}")
-    if "damping_chosen" in what:
+            if name == "damping" and "damping_chosen" in what:
+                parts[-1] += f" ({what['damping_chosen']:.3f})"
+    if "damping_chosen" in what and not any(part.startswith("damping") for part in parts):
         parts.append(f"damping {what['damping_chosen']:.3f} chosen")
     return ", ".join(parts)
 

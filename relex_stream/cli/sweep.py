@@ -87,25 +87,29 @@ def command(session: Session, /, store: Path, out: Path, grid: Path | None, **as
     """  # noqa: D301 - the backspace is click's mark for lines that stay as they are
     from relex_stream.api import sweep
 
-    entries = _entries(asked)
-    if grid is not None and entries:
+    given = _given(asked)
+    if grid is not None and given:
         raise click.UsageError("--grid has all settings: leave the others out")
-    if grid is None and not entries:
-        raise click.UsageError("name a --grid, or a --target-step, --step, --recipe or --weights")
+    entries = [] if grid is not None else _entries(given)
     with session.progress() as progress:
         summary = sweep(store, out, grid=grid or entries, **asked, progress=progress)
     lines = models.describe(summary, verbose=session.verbose)
     session.finish(summary, lines, essential=summary.dry_run)
 
 
-def _entries(asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """Take the settings out of what is asked, as entries of a grid."""
+def _given(asked: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings that are given out of what is asked."""
     every = (*_EXTRAPOLATE, *_RECONSTRUCT, *_SUBSPACE, *_COMBINE, *_SELECTION)
     given: dict[str, Any] = {}
     for name in every:
         value = asked.pop(name)
         if value not in (None, ()) and (name, value) != ("excluded_from", "base"):
             given[name] = value
+    return given
+
+
+def _entries(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return settings as entries of a grid."""
     parts = {
         "extrapolate": (*_EXTRAPOLATE, *_SUBSPACE, *_SELECTION),
         "reconstruct": (*_RECONSTRUCT, *_SUBSPACE, *_SELECTION),
@@ -121,8 +125,10 @@ def _entries(asked: dict[str, Any]) -> list[dict[str, Any]]:
         for method, names in parts.items()
         if wanted[method]
     ]
+    if not entries:
+        raise click.UsageError("name a --grid, or a --target-step, --step, --recipe or --weights")
     unused = given.keys() - {name for entry in entries for name in entry}
-    if unused and (entries or unused - set(_SELECTION)):
+    if unused:
         name = sorted(unused)[0].replace("_", "-")
         raise click.UsageError(f"--{name} changes nothing of what is asked for")
     return entries

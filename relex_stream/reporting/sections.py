@@ -143,7 +143,7 @@ def _with_error(text: str, error: float | None, factor: float, decimals: int) ->
 
 def _bent(bend: float) -> str:
     if abs(bend) < 0.02:
-        return "is straight"
+        return "is straight so far"
     return "slows down" if bend > 0 else "speeds up"
 
 

@@ -191,7 +191,8 @@ def test_sweep_makes_entries_of_its_options(api: FakeApi, run: Run) -> None:
     [
         ((), "name a --grid, or a --target-step"),
         (("--include", "*.a"), "name a --grid, or a --target-step"),
-        (("--rank", "2"), "--rank changes nothing of what is asked for"),
+        (("--rank", "2"), "name a --grid, or a --target-step"),
+        (("--grid", "g.yaml", "--history-steps", "3"), "--grid has all settings"),
         (("--step", "3", "--damping", "1"), "--damping changes nothing of what is asked for"),
         (("--grid", "g.yaml", "--step", "3"), "--grid has all settings: leave the others out"),
         (("--target-step", "3", "--window", "0"), "neither a number of 1 or more nor all"),
@@ -441,7 +442,8 @@ def test_backtest_prints_skills_and_advice(api: FakeApi, run: Run) -> None:
         "  40  80     2.00  latest  0.058 +- 0.004  -0.125     -  0.060 (0.37)\n"
     ) in output
     assert "most skill  --rank 1 --fit linear --anchor latest --damping auto\n" in output
-    assert "mean skill  0.050 over 12 forecasts, least 0.010\n" in output
+    said = "mean skill  0.050 over 12 forecasts, least 0.010: hardly nearer than staying"
+    assert f"{said}\n" in output
     assert "above 0     up to 4.00 times the history, the furthest that could be tested\n" in output
     # The five tensors with least skill.
     assert "tensor 6" in output
