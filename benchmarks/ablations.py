@@ -26,17 +26,17 @@ from scipy.stats import spearmanr
 import relex_stream as rs
 from benchmarks.coefficients import exact_grams, kept_of
 from benchmarks.commands import work_directory
-from benchmarks.report import Report, output_options, publish
+from benchmarks.report import Report, publish
 from benchmarks.rewards import (
-    PROBLEMS,
     SKILL_BOUNDS,
     Rewards,
     Solved,
     lines_by_skill,
     nested_cell,
+    reward_options,
     standard_error,
 )
-from benchmarks.rlvr.runs import RUNS, Run, load_run
+from benchmarks.rlvr.runs import Run, load_run
 from relex_stream.fit import Fit
 from relex_stream.skill import LEAST_NESTED_STEPS, Backtest, Cell, Setting, skill
 
@@ -468,19 +468,7 @@ def reconstructions(
 
 
 @click.command("ablations")
-@click.option(
-    "--run",
-    "names",
-    type=click.Choice(list(RUNS)),
-    multiple=True,
-    default=("addition",),
-    help="Which run. May be given several times.",
-)
-@click.option("--problems", type=click.IntRange(min=1), default=PROBLEMS)
-@click.option(
-    "--work", type=click.Path(path_type=Path, file_okay=False), help="Where to put models."
-)
-@output_options
+@reward_options(("addition",), "addition")
 def command(
     names: tuple[str, ...],
     problems: int,

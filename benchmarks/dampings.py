@@ -4,7 +4,7 @@
 Rules were thought out on the runs of `DEVELOPMENT`, whose rewards were known. `DECIDING` runs were
 named, with all their settings, before any of them was trained, and the decision was fixed before
 any extrapolation of theirs was made: the rule with the highest mean gain over those runs, among
-those with at most one loss more than ``mean``.
+those with at most one loss more than ``mean``. That was ``trust 0.15``.
 
 Anchor ``latest``, rank 1 and a line in all of them; forecasts as in ``findings``.
 """
@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 import relex_stream as rs
 from benchmarks.commands import work_directory
 from benchmarks.findings import cells_of
-from benchmarks.report import Report, output_options, publish
-from benchmarks.rewards import PROBLEMS, Rewards, nested_cell, standard_error
+from benchmarks.report import Report, publish
+from benchmarks.rewards import Rewards, nested_cell, reward_options, standard_error
 from benchmarks.rlvr.runs import RUNS, Run, load_run
 from relex_stream.fit import Fit, Forecast
 from relex_stream.sketch import subspace_of_deltas
@@ -233,20 +233,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], rule: str) -> int:
 
 
 @click.command("dampings")
-@click.option(
-    "--run",
-    "names",
-    type=click.Choice(list(RUNS)),
-    multiple=True,
-    default=DECIDING,
-    show_default="those that decided",
-    help="Which run. May be given several times.",
-)
-@click.option("--problems", type=click.IntRange(min=1), default=PROBLEMS)
-@click.option(
-    "--work", type=click.Path(path_type=Path, file_okay=False), help="Where to put models."
-)
-@output_options
+@reward_options(DECIDING, "those that decided")
 def command(
     names: tuple[str, ...],
     problems: int,

@@ -19,8 +19,8 @@ import numpy as np
 
 import relex_stream as rs
 from benchmarks.commands import work_directory
-from benchmarks.report import Report, output_options, publish
-from benchmarks.rewards import PROBLEMS, Rewards, lines_by_skill, standard_error
+from benchmarks.report import Report, publish
+from benchmarks.rewards import Rewards, lines_by_skill, reward_options, standard_error
 from benchmarks.rlvr.runs import RUNS, Run, load_run
 
 HISTORY_SHARES = (0.25, 1 / 3, 0.5)
@@ -160,20 +160,7 @@ def by_skill(rows: Sequence[dict[str, Any]], variant: str) -> list[str]:
 
 
 @click.command("findings")
-@click.option(
-    "--run",
-    "names",
-    type=click.Choice(list(RUNS)),
-    multiple=True,
-    default=tuple(RUNS),
-    show_default="all",
-    help="Which run. May be given several times.",
-)
-@click.option("--problems", type=click.IntRange(min=1), default=PROBLEMS)
-@click.option(
-    "--work", type=click.Path(path_type=Path, file_okay=False), help="Where to put models."
-)
-@output_options
+@reward_options(tuple(RUNS), "all")
 def command(
     names: tuple[str, ...],
     problems: int,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
 import relex_stream as rs
-from benchmarks.rlvr.runs import Run, accuracy
+from benchmarks.report import output_options
+from benchmarks.rlvr.runs import RUNS, Run, accuracy
 from relex_stream.skill import LEAST_NESTED_STEPS, Cell
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 PROBLEMS = 2000
 """Held-out problems that a model is asked, always the same ones."""
@@ -21,6 +26,42 @@ Solved = NDArray[np.float64]
 """1 for each problem that a model solves, 0 for others; or the difference of two models."""
 
 SKILL_BOUNDS = (-np.inf, -0.5, -0.3, -0.2, -0.1, 0.0, np.inf)
+
+
+def reward_options(runs: Sequence[str], shown: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds ``--run``, ``--problems``, ``--work`` and what a report has.
+
+    Parameters
+    ----------
+    runs : sequence of str
+        Measured unless others are named.
+    shown : str
+        What these are called.
+    """
+
+    def add(command: Command) -> Command:
+        for option in (
+            output_options,
+            click.option(
+                "--work",
+                type=click.Path(path_type=Path, file_okay=False),
+                help="Where to put models.",
+            ),
+            click.option("--problems", type=click.IntRange(min=1), default=PROBLEMS),
+            click.option(
+                "--run",
+                "names",
+                type=click.Choice(list(RUNS)),
+                multiple=True,
+                default=tuple(runs),
+                show_default=shown,
+                help="Which run. May be given several times.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return add
 
 
 class Rewards:
