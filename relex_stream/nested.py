@@ -283,11 +283,12 @@ def _options(setting: Setting) -> str:
 
 def _tell(hindsights: Sequence[Hindsight]) -> None:
     """Warn of the setting that did worst, if worse than to stay, and of the target too far off."""
-    low = [each for hindsight in hindsights for each in hindsight.asked() if each[0] < 0]
+    asked = [each for hindsight in hindsights for each in hindsight.asked()]
+    low = [each for each in asked if each[0] < 0]
     if low:
         text = min(low)[1]
         if len(low) > 1:
-            text += f"; of the models asked for, the worst of {len(low)} below 0"
+            text += f"; {len(low)} of {len(asked)} settings were below 0, and this most"
         warnings.warn(f"{text}; see relex-stream backtest", ForecastWarning, stacklevel=4)
     far = [each for hindsight in hindsights if hindsight.wanted for each in hindsight.too_far()]
     if far:

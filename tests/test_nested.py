@@ -305,7 +305,7 @@ def test_of_several_settings_the_worst_is_told_of(
         rs.sweep(made, tmp_path / "out", grid=grid, dry_run=True)
     (message,) = [str(each.message) for each in told]
     assert "with --anchor base --damping 1 had a mean skill of" in message
-    assert "; of the models asked for, the worst of 3 below 0; see relex-stream backtest" in message
+    assert "; 3 of 4 settings were below 0, and this most; see relex-stream backtest" in message
     assert looks == [2]  # one look at the Gram matrices for both
 
 
