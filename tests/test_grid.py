@@ -24,6 +24,7 @@ SHAPES = {
     "model.layers.0.mlp.up_proj.weight": (60, 24),
     "model.layers.1.mlp.up_proj.weight": (60, 24),
     "model.layers.1.input_layernorm.weight": (24,),
+    "model.layers.1.ln_2.weight": (24,),
 }
 
 
@@ -170,6 +171,21 @@ def test_models_are_those_of_the_commands(
     assert_same_model(read_weights(out / "method_combine"), read_weights(tmp_path / "c"))
 
 
+def test_recipes_that_copy_norms_do_so_beside_others(
+    store: Path, tmp_path: Path, run: Trajectory
+) -> None:
+    recipes = ["lawa:last=3", "two-point:target=40"]
+    grid = [{"method": "combine", "recipe": each} for each in recipes]
+    made = rs.sweep(store, tmp_path / "both", grid=grid)
+    norms = "model.layers.1.ln_2.weight"
+    assert (run.bits[LAST][norms] != run.bits[0][norms]).any()
+    for number, recipe in enumerate(recipes):
+        rs.combine(store, tmp_path / str(number), recipes=[recipe])
+        found = read_weights(Path(made.outputs[number].path))
+        assert_same_model(found, read_weights(tmp_path / str(number)))
+    assert (found[norms] == run.bits[LAST][norms]).all()  # two-point keeps those of the last
+
+
 def assert_close_models(found: Path, expected: Path) -> None:
     """Models whose subspaces were found with other ranks: they differ by rounding at most."""
     one, other = read_weights(found), read_weights(expected)
@@ -211,7 +227,36 @@ def test_a_dry_run_writes_nothing_and_has_the_stages_of_all(store: Path, tmp_pat
         "2: write outputs",
     ]
     assert summary.settings["fit"] == "linear"
+    assert not {"history", "history_steps", "name"} & set(summary.settings)
     assert [output.what["history_steps"] for output in summary.outputs] == [8, LAST]
+
+
+def test_what_all_have_is_said_once_and_figures_of_many_are_not_kept(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relex_stream import models
+
+    seen: list[Any] = []
+    write = models.write_index
+
+    def look(made: Any, output: Any) -> None:
+        seen.extend(made)
+        write(made, output)
+
+    monkeypatch.setattr(models, "write_index", look)
+    grid = [{"target_step": 20, "fit": ["linear", "linear-origin"]}]
+    rs.sweep(store, tmp_path / "out", grid=grid)
+    assert [each.figures for each in seen] == [(), ()]
+    index = json.loads((tmp_path / "out" / "relex_stream.json").read_text())
+    assert index["history"] == list(STEPS)
+    assert not {"history_steps", "name"} & set(index)
+    assert [set(entry) & {"history_steps", "name", "svd"} for entry in index["outputs"]] == [
+        set(),
+        set(),
+    ]
+    # The record of each has its figures all the same.
+    own = json.loads((tmp_path / "out" / "fit_linear" / "relex_stream.json").read_text())
+    assert own["subspaces"]
 
 
 def test_an_error_in_the_middle_leaves_nothing(

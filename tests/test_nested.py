@@ -186,6 +186,17 @@ def test_a_sketched_history_chooses_nearly_the_same(
     assert summary.outputs[0].what["damping_chosen"] == pytest.approx(expected, rel=0.1)
 
 
+def test_a_look_that_serves_several_sees_what_any_of_them_needs(
+    store: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"damping": "auto", "anchor": "latest"}
+    alone = rs.extrapolate(store, tmp_path / "a", target_steps=[80], dry_run=True, **asked)
+    grid = [{"target_step": 80, "fit": "linear-origin"}, {"target_step": 80, **asked}]
+    both = rs.sweep(store, tmp_path / "b", grid=grid, dry_run=True)
+    chosen = both.outputs[1].what["damping_chosen"]
+    assert chosen == pytest.approx(alone.outputs[0].what["damping_chosen"], rel=1e-12)
+
+
 def test_a_straight_run_is_not_damped(tmp_path: Path) -> None:
     drift = np.random.default_rng(0).integers(-9, 9, (20, 30)).astype(np.float64)
     made = write_run(tmp_path, {step: drift * step for step in range(13)})

@@ -18,7 +18,7 @@ from relex_stream.planner import (
     make_plan,
 )
 from relex_stream.specs import STEP_GROUP
-from relex_stream.summaries import StagePlan
+from relex_stream.summaries import DevicePlan, Plan, StagePlan
 
 MIB = 1 << 20
 
@@ -312,3 +312,23 @@ def test_a_plan_for_a_cluster_is_that_of_each_process():
     assert replace(many, processes=1) == one
     with pytest.raises(MemoryLimitError, match="1000 MiB in each process of the cluster; raise"):
         make_plan([stage("a", 999 * MIB)], replace(here, processes=2), shared_bytes=0)
+
+
+def test_what_is_done_one_after_the_other_takes_as_much_as_the_part_that_takes_most() -> None:
+    def plan(name: str, worker_mib: int, workers: int) -> Plan:
+        stage = StagePlan(name, 10, 5, 7, worker_mib << 20)
+        here = planner.Capacity(1, workers, True, 200 << 20, 2000 << 20)
+        return planner.make_plan([stage], here, shared_bytes=1 << 20)
+
+    first, second = plan("write", 100, 4), plan("read", 300, 2)
+    assert planner.joint_plan([first]) is first
+    joint = planner.joint_plan([first, second])
+    assert joint.workers == 2
+    assert joint.projected_bytes == second.projected_bytes > first.projected_bytes
+    assert [stage.name for stage in joint.stages] == ["1: write", "2: read"]
+    other = planner.joint_plan([second, first])
+    assert (other.workers, other.projected_bytes) == (2, second.projected_bytes)
+    devices = DevicePlan(("a",), 100, 10, 2, 20), DevicePlan(("a",), 100, 30, 2, 60)
+    some = [replace(first, devices=devices[0]), second, replace(first, devices=devices[1])]
+    assert planner.joint_plan(some).devices == devices[1]
+    assert planner.joint_plan([first, second]).devices is None
