@@ -189,11 +189,13 @@ def test_a_sketched_history_chooses_nearly_the_same(
 def test_a_look_that_serves_several_sees_what_any_of_them_needs(
     store: Path, tmp_path: Path
 ) -> None:
-    asked: dict[str, Any] = {"damping": "auto", "anchor": "latest"}
+    asked: dict[str, Any] = {"damping": "auto", "anchor": "latest", "history_steps": 30}
     alone = rs.extrapolate(store, tmp_path / "a", target_steps=[80], dry_run=True, **asked)
-    grid = [{"target_step": 80, "fit": "linear-origin"}, {"target_step": 80, **asked}]
+    other = {"target_step": 80, "fit": "linear-origin", "history_steps": 30}
+    grid = [other, {"target_step": 80, **asked}]
     both = rs.sweep(store, tmp_path / "b", grid=grid, dry_run=True)
     chosen = both.outputs[1].what["damping_chosen"]
+    assert 0 < chosen < 1
     assert chosen == pytest.approx(alone.outputs[0].what["damping_chosen"], rel=1e-12)
 
 
