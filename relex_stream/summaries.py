@@ -272,6 +272,10 @@ class ForecastSkill:
     """With the damping that the history chooses by forecasting itself; None if it is too short."""
 
 
+WEAK_SKILL = 0.1
+"""A mean skill below is said to be weak: nearer to what came than staying, but by little."""
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """The settings with most skill on average over a backtest."""

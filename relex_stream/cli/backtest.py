@@ -10,14 +10,12 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.summaries import WEAK_SKILL
 
 if TYPE_CHECKING:
     from relex_stream.summaries import BacktestSummary, ForecastSkill, SkillOfDamping
 
 _GROUPS_SHOWN = 5
-
-_WEAK_SKILL = 0.1
-"""Less is said to be little: a tenth of the squared distance that staying would have missed by."""
 
 
 @click.command("backtest")
@@ -197,7 +195,7 @@ def _advice(summary: BacktestSummary) -> list[str]:
         {
             "most skill": " ".join(options_),
             "mean skill": f"{advice.mean_skill:.3f} over {count}, least {advice.least_skill:.3f}"
-            + (": hardly nearer than staying" if advice.mean_skill < _WEAK_SKILL else ""),
+            + (": hardly nearer than staying" if advice.mean_skill < WEAK_SKILL else ""),
             "above 0": reach,
         }
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from relex_stream.reporting import charts
 from relex_stream.reporting.coefficients import BAND
 from relex_stream.reporting.numbers import ReportNumbers
+from relex_stream.summaries import WEAK_SKILL
 from relex_stream.wording import (
     format_bytes,
     format_count,
@@ -20,9 +21,6 @@ from relex_stream.wording import (
     format_steps,
     printable,
 )
-
-_WEAK_SKILL = 0.1
-"""Mean skill below: nearer to what came, but by little."""
 
 _FEW_FORECASTS = 3
 """Of fewer, skill says little."""
@@ -168,7 +166,7 @@ def verdict(numbers: ReportNumbers) -> tuple[str, str]:
     if advice.window is not None:
         options += f" --window {advice.window}"
     options += f" --anchor {advice.anchor} --damping {damping}"
-    weak = advice.mean_skill < _WEAK_SKILL or advice.least_skill <= 0
+    weak = advice.mean_skill < WEAK_SKILL or advice.least_skill <= 0
     word = "weakly" if weak or advice.forecasts < _FEW_FORECASTS else "for"
     begin = "speaks for extrapolating" if word == "for" else "speaks weakly for extrapolating"
     worth = (
