@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 STEP_GROUP = 16
@@ -74,32 +74,62 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
+class Box(NamedTuple):
+    """A part of a tensor: in each dimension the first index and how many from there on.
+
+    Of a 0-d tensor both are empty.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """Where a part of a tensor lies: its elements in row-major order, without gaps, in one file."""
+
+    path: str
+    offset: int
+    box: Box
+
+
 class TensorPlace(NamedTuple):  # a dataclass takes six times as long to make, and they are many
-    """Where a tensor's bytes lie: a file of a checkpoint and an absolute byte offset in it."""
+    """Where a tensor's bytes lie: a file of a checkpoint and an absolute byte offset in it.
+
+    A tensor that trainers have split lies in ``pieces``: boxes that cover it, none overlapping
+    another, empty ones left out. `path` and `offset` are then those of the first. Without pieces
+    all of it lies there in row-major order.
+    """
 
     spec: TensorSpec
     path: str
     offset: int
+    pieces: tuple[Piece, ...] = ()
 
 
 class FilePart(NamedTuple):
-    """A run of bytes of a weights file: either literal bytes or the whole of one tensor.
+    """A run of bytes of a weights file: literal bytes, or a tensor or a part of it.
 
     Exactly one of ``literal`` and ``tensor`` is set; a file is the concatenation of its parts.
+    ``box`` is the part of the tensor, None for all of it.
     """
 
     literal: bytes | None = None
     tensor: str | None = None
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file taken apart: relative path, size in bytes, time of change, parts in order."""
+    """A weights file taken apart: relative path, size in bytes, time of change, parts in order.
+
+    ``parts`` is None where the file also holds what is not kept (the state of an optimizer), so
+    that it cannot be put together again.
+    """
 
     relative_path: str
     size: int
     modified_ns: int
-    parts: tuple[FilePart, ...]
+    parts: tuple[FilePart, ...] | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +137,9 @@ class SourceCheckpoint:
     """An opened checkpoint directory (or the base, step 0): places of its tensors and its files.
 
     ``side_files`` are the other files to keep (config, tokenizer, ...), relative to ``directory``;
-    ``skipped_files`` were left out on purpose (optimizer state and the like).
+    ``skipped_files`` were left out on purpose (optimizer state and the like). ``copies`` are
+    further pieces that hold parts of tensors once more (replicas of ranks), and are part of the
+    files: they must hold the same bits as ``tensors``.
     """
 
     step: int
@@ -116,6 +148,7 @@ class SourceCheckpoint:
     weights_files: tuple[WeightsFile, ...]
     side_files: tuple[str, ...]
     skipped_files: tuple[str, ...]
+    copies: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -7,17 +7,21 @@ import os
 import re
 import stat
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RelexStreamWarning, SourceError
 from ..paths import check_relative_path
 from ..specs import SourceCheckpoint, TensorPlace, WeightsFile
+from .naming import Naming
 from .safetensors_file import MAX_HEADER_BYTES, read_weights_file
 from .strict_json import parse_object, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_AS_THEY_ARE = Naming()
 
 MAX_SIDE_FILE_BYTES = 64 << 20
 """Larger files beside the weights are taken for state, not for configuration or vocabulary."""
@@ -52,7 +56,7 @@ _OTHER_WEIGHTS = (
 """Weights that are recognised and refused: pattern, what it is, remedy; the first match counts."""
 
 
-def open_checkpoint(directory: Path, step: int) -> SourceCheckpoint:
+def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -> SourceCheckpoint:
     """Open a model directory: find its weights, read their headers, sort its other files.
 
     The weights are ``model.safetensors``, or the shards of ``model.safetensors.index.json``. Where
@@ -66,6 +70,8 @@ def open_checkpoint(directory: Path, step: int) -> SourceCheckpoint:
         The model directory.
     step : int
         The step it is from; 0 for the base.
+    naming : Naming
+        What its tensors are called in the base.
 
     Returns
     -------
@@ -105,6 +111,7 @@ def open_checkpoint(directory: Path, step: int) -> SourceCheckpoint:
         _check_index(directory / INDEX_FILE, shards, tensors)
     if not tensors:
         raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
+    weights_files, tensors = renamed(weights_files, tensors, naming)
     used = {file.relative_path for file in weights_files}
     side_files, skipped_files = _sort_files(directory, [name for name in names if name not in used])
     return SourceCheckpoint(
@@ -115,6 +122,37 @@ def open_checkpoint(directory: Path, step: int) -> SourceCheckpoint:
         side_files=side_files,
         skipped_files=skipped_files,
     )
+
+
+def renamed(
+    weights_files: list[WeightsFile], tensors: dict[str, TensorPlace], naming: Naming
+) -> tuple[list[WeightsFile], dict[str, TensorPlace]]:
+    """Call tensors as the base does, in files and places.
+
+    Tensors that are not the model's keep their names: a model directory holds nothing else, so
+    they are complained of where base and checkpoint are compared.
+    """
+    names = naming.of(tensors)
+    if all(names.get(name, name) == name for name in tensors):
+        return weights_files, tensors
+    names = {name: names.get(name, name) for name in tensors}
+    places = {
+        names[name]: place._replace(spec=replace(place.spec, name=names[name]))
+        for name, place in tensors.items()
+    }
+    files = [
+        replace(
+            file,
+            parts=tuple(
+                part if part.tensor is None else part._replace(tensor=names[part.tensor])
+                for part in file.parts
+            ),
+        )
+        if file.parts is not None
+        else file
+        for file in weights_files
+    ]
+    return files, places
 
 
 def holds_weights(directory: Path) -> bool:

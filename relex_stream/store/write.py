@@ -237,6 +237,7 @@ class StoreWriter:
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
         """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
+        assert file.parts is not None
         parts: list[tuple[str, str]] = []
         for part in file.parts:
             if part.literal is not None:

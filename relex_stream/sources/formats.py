@@ -1,0 +1,51 @@
+"""The formats of weights that are read, in the order in which one directory is tried for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..specs import SourceCheckpoint
+from .checkpoint import holds_weights, open_checkpoint
+from .naming import Naming
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of weights.
+
+    Attributes
+    ----------
+    name : str
+        For ``--source``.
+    title : str
+        For people.
+    looked_for : str
+        Names of the files that `holds` looks for.
+    places : tuple of str
+        Directories inside a step's where trainers put such weights, first match first.
+    holds : callable
+        Whether a directory has files that `open` would start from; cheap, and never raises.
+    open : callable
+        Opens a directory, of a step, its tensors under the base's names. Raises `SourceError`.
+    """
+
+    name: str
+    title: str
+    looked_for: str
+    places: tuple[str, ...]
+    holds: Callable[[Path], bool]
+    open: Callable[[Path, int, Naming], SourceCheckpoint]
+
+
+FORMATS = (
+    Format(
+        name="safetensors",
+        title="safetensors",
+        looked_for="model.safetensors or model.safetensors.index.json",
+        places=(".", "huggingface", "actor/huggingface"),
+        holds=holds_weights,
+        open=open_checkpoint,
+    ),
+)
