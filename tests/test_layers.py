@@ -44,6 +44,7 @@ BELOW_STAGES = {
         "base_weights",
         "block_reader",
         "pages",
+        "pieces",
         "checksum",
         "block_sweep",
         "_version",
@@ -79,10 +80,11 @@ ROOMS = {
     "costs": Room(pure=True),
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
+    "pieces": Room(set(), {"numpy"}, pure=True),
     "paths": Room(),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
-    "sources": Room({"paths", "pagecache"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
+    "sources": Room({"paths", "pagecache", "pieces"}, {"numpy", "safetensors"} | CHECKSUM),
     "writer": Room({"pagecache", "paths"}, {"numpy"} | CHECKSUM),
     "store": Room(
         {"paths", "pagecache", "ulp", "codec"},
@@ -119,7 +121,7 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
-    "matching": Room({"ulp", "store"}, {"numpy"}),
+    "matching": Room({"pieces", "ulp", "store"}, {"numpy"}),
     "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
