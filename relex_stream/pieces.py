@@ -138,14 +138,13 @@ class Runs(NamedTuple):
         Byte offset in the file.
     first : ndarray of int64
         First element, counted from the start of the range.
-    count : ndarray of int64
-        Elements.
+    elements : ndarray of int64
     """
 
     file: NDArray[np.int32]
     offset: NDArray[np.int64]
     first: NDArray[np.int64]
-    count: NDArray[np.int64]
+    elements: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,23 @@ class PieceTable:
         columns: dict[str, Any] = {}
         for name in ("bounds", "file", "offset", "spans"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            columns[name] = theirs if np.array_equal(mine, theirs) else mine
-        return PieceTable(**columns)
+            same = mine is theirs or np.array_equal(mine, theirs)
+            columns[name] = theirs if same else mine
+        table = PieceTable(**columns)
+        return (
+            other
+            if all(column is getattr(other, name) for name, column in columns.items())
+            else table
+        )
+
+    @cached_property
+    def file_class(self) -> NDArray[np.int64]:
+        """A number for each tensor, equal for two that lie in the same files; -1 for nowhere."""
+        classes = np.full(len(self.bounds) - 1, -1, np.int64)
+        known: dict[tuple[int, ...], int] = {}
+        for tensor in np.flatnonzero(np.diff(self.bounds)).tolist():
+            classes[tensor] = known.setdefault(self.files_of(tensor), len(known))
+        return classes
 
     @cached_property
     def are_whole(self) -> NDArray[np.bool_]:
@@ -207,8 +221,7 @@ class PieceTable:
 
     def files_of(self, tensor: int) -> tuple[int, ...]:
         """Return the numbers of the files that hold a tensor, ascending."""
-        here = slice(self.bounds[tensor], self.bounds[tensor + 1])
-        return tuple(np.unique(self.file[here]).tolist())
+        return tuple(sorted(set(self.file[self.bounds[tensor] : self.bounds[tensor + 1]].tolist())))
 
     def first_place(self, tensor: int) -> tuple[int, int]:
         """Return file and offset of a tensor's first piece; ``(-1, 0)`` where there is none."""
@@ -252,7 +265,7 @@ class PieceTable:
             file=np.concatenate([part.file for part in parts])[order],
             offset=np.concatenate([part.offset for part in parts])[order],
             first=first[order],
-            count=np.concatenate([part.count for part in parts])[order],
+            elements=np.concatenate([part.elements for part in parts])[order],
         )
 
 
@@ -267,10 +280,10 @@ def _runs_of(
     rows = np.arange(first_row, stop_row, dtype=np.int64)
     begin = span.first + rows * span.stride
     low = np.maximum(begin, start)
-    count = np.minimum(begin + span.row_elements, stop) - low
+    elements = np.minimum(begin + span.row_elements, stop) - low
     return Runs(
         np.full(rows.size, file, np.int32),
         offset + (rows * span.row_elements + low - begin) * itemsize,
         low - start,
-        count,
+        elements,
     )

@@ -131,15 +131,15 @@ def test_runs_of_a_range_read_back_what_the_pieces_hold(case, itemsize, data):
     stop = data.draw(st.integers(start, numel))
     runs = table.runs(1, start, stop, itemsize)
     read = [
-        files[file][offset : offset + count * itemsize]
-        for file, offset, _, count in zip(*runs, strict=True)
+        files[file][offset : offset + elements * itemsize]
+        for file, offset, _, elements in zip(*runs, strict=True)
     ]
     expected = np.repeat(np.arange(start, stop), itemsize)
     np.testing.assert_array_equal(np.concatenate([*read, np.zeros(0, int)]), expected)
-    ends = np.cumsum([0, *runs.count])
+    ends = np.cumsum([0, *runs.elements])
     np.testing.assert_array_equal(runs.first, ends[:-1])
     assert not table.holds(0)
-    assert table.runs(2, 0, 0, itemsize).count.size == 0
+    assert table.runs(2, 0, 0, itemsize).elements.size == 0
 
 
 def test_tables_know_which_tensors_lie_in_one_run():
@@ -148,6 +148,7 @@ def test_tables_know_which_tensors_lie_in_one_run():
     table = PieceTable.of([[(0, 0, whole)], [], [(0, 8, split)], halves, [(2, 5, whole)]])
     assert table.are_whole.tolist() == [True, True, False, False, True]
     assert [table.files_of(i) for i in range(5)] == [(0,), (), (0,), (0, 1), (2,)]
+    assert table.file_class.tolist() == [0, -1, 0, 1, 2]
     assert table.first_place(4) == (2, 5)
     assert table.first_place(1) == (-1, 0)
 
@@ -159,3 +160,4 @@ def test_equal_columns_are_shared():
     assert shared.spans is one.spans
     assert shared.bounds is one.bounds
     assert shared.offset is other.offset
+    assert PieceTable.of([[(0, 0, Span(0, 1, 8, 8))]]).sharing(one) is one
