@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,25 @@ class Span(NamedTuple):
     def elements(self) -> int:
         """Elements of all runs."""
         return self.rows * self.row_elements
+
+    def scaled(self, factor: int) -> Span:
+        """Return the same span counted in smaller units, `factor` of them in each element."""
+        first, rows, row_elements, stride = self
+        return Span(first * factor, rows, row_elements * factor, stride * factor)
+
+
+def is_inside(box: Box, shape: Sequence[int]) -> bool:
+    """Say whether a box lies within a tensor.
+
+    Examples
+    --------
+    >>> is_inside(Box((2,), (1,)), (3,)), is_inside(Box((2,), (2,)), (3,))
+    (True, False)
+    """
+    return len(box.start) == len(box.shape) == len(shape) and all(
+        0 <= start <= start + length <= size
+        for start, length, size in zip(box.start, box.shape, shape, strict=True)
+    )
 
 
 def spans_of(box: Box, shape: Sequence[int]) -> list[Span]:
@@ -88,43 +107,6 @@ def spans_of(box: Box, shape: Sequence[int]) -> list[Span]:
         )
         for index in product(*(range(n) for n in box.shape[:split]))
     ]
-
-
-def cover_once(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
-    """Say whether boxes cover a tensor, each element once, as cuts from edge to edge make them.
-
-    Parameters
-    ----------
-    boxes : iterable of Box
-        Empty ones do not count.
-    shape : sequence of int
-
-    Examples
-    --------
-    >>> cover_once([Box((0,), (2,)), Box((2,), (1,))], (3,))
-    True
-    >>> cover_once([Box((0,), (2,)), Box((1,), (2,))], (3,))
-    False
-    """
-    kept = [box for box in boxes if 0 not in box.shape]
-    if any({len(box.start), len(box.shape)} != {len(shape)} for box in kept):
-        return False
-    return not kept if 0 in shape else _cover_from(kept, shape, 0)
-
-
-def _cover_from(boxes: list[Box], shape: Sequence[int], axis: int) -> bool:
-    if axis == len(shape):
-        return len(boxes) == 1
-
-    def cut(box: Box) -> tuple[int, int]:
-        return box.start[axis], box.shape[axis]
-
-    end = 0
-    for (start, length), slab in groupby(sorted(boxes, key=cut), cut):
-        if start != end or not _cover_from(list(slab), shape, axis + 1):
-            return False
-        end += length
-    return end == shape[axis]
 
 
 class Runs(NamedTuple):
@@ -249,11 +231,11 @@ class PieceTable:
         Runs
             Without gaps where the pieces cover the tensor; elements held twice come twice.
         """
-        parts = [
-            part
-            for file, offset, span in self.pieces(tensor)
-            if (part := _runs_of(file, offset, span, start, stop, itemsize)) is not None
-        ]
+        parts = []
+        for file, offset, span in self.pieces(tensor):
+            columns = span_runs(span, offset, start, stop, itemsize)
+            if columns[0].size:
+                parts.append(Runs(np.full(columns[0].size, file, np.int32), *columns))
         if len(parts) == 1:
             return parts[0]
         if not parts:
@@ -269,21 +251,20 @@ class PieceTable:
         )
 
 
-def _runs_of(
-    file: int, offset: int, span: Span, start: int, stop: int, itemsize: int
-) -> Runs | None:
-    """Return what one piece holds of elements ``start : stop``, None for nothing."""
+def span_runs(
+    span: Span, offset: int, start: int, stop: int, itemsize: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return where a span that begins at `offset` of a file has elements ``start : stop``.
+
+    Returns
+    -------
+    offset, first, elements : ndarray of int64
+        Of each run, as in `Runs`.
+    """
     first_row = max(0, (start - span.first - span.row_elements) // span.stride + 1)
     stop_row = min(span.rows, -((span.first - stop) // span.stride))
-    if first_row >= stop_row:
-        return None
     rows = np.arange(first_row, stop_row, dtype=np.int64)
     begin = span.first + rows * span.stride
     low = np.maximum(begin, start)
     elements = np.minimum(begin + span.row_elements, stop) - low
-    return Runs(
-        np.full(rows.size, file, np.int32),
-        offset + (rows * span.row_elements + low - begin) * itemsize,
-        low - start,
-        elements,
-    )
+    return offset + (rows * span.row_elements + low - begin) * itemsize, low - start, elements

@@ -122,7 +122,10 @@ ROOMS = {
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
     "matching": Room({"pieces", "ulp", "store"}, {"numpy"}),
-    "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
+    "source_blocks": Room(
+        {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
+    ),
+    "ingest": Room(BELOW_STAGES | {"matching", "scan", "source_blocks"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
     "analysis": Room({"fit", "sketch"}, {"numpy"}, pure=True),
@@ -140,7 +143,8 @@ ROOMS = {
     "grid": Room({"request", "store"}, {"yaml"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
-    "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
+    "hf_files": Room({"sources", "store"}),
+    "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(
         BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces"}, {"numpy"}
     ),

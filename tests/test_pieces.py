@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_stream.pieces import PieceTable, Span, cover_once, spans_of
+from relex_stream.pieces import PieceTable, Span, spans_of
 from relex_stream.specs import Box
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
@@ -82,35 +82,6 @@ def test_spans_are_the_elements_of_the_box_in_its_order(case):
 )
 def test_a_box_is_one_span_unless_narrower_in_three_dimensions(start, length, spans):
     assert len(spans_of(Box(start, length), (4, 5, 6))) == spans
-
-
-@given(cut_tensor())
-def test_what_cuts_make_covers_once(case):
-    shape, boxes = case
-    assert cover_once(boxes, shape)
-
-
-@given(cut_tensor(), st.data())
-def test_a_box_too_few_too_many_or_moved_does_not_cover_once(case, data):
-    shape, boxes = case
-    full = [i for i, box in enumerate(boxes) if 0 not in box.shape]
-    at = data.draw(st.sampled_from(full))
-    assert not cover_once(boxes[:at] + boxes[at + 1 :], shape)
-    assert not cover_once([*boxes, boxes[at]], shape)
-    if shape:
-        axis = data.draw(st.integers(0, len(shape) - 1))
-        start = [*boxes[at].start]
-        start[axis] += data.draw(st.sampled_from([-1, 1]))
-        assert not cover_once(
-            [*boxes[:at], Box(tuple(start), boxes[at].shape), *boxes[at + 1 :]], shape
-        )
-
-
-def test_boxes_of_other_dimensions_cover_nothing():
-    assert not cover_once([Box((0,), (4,))], (2, 2))
-    assert cover_once([], (0, 3))
-    assert not cover_once([], ())
-    assert cover_once([Box((), ())], ())
 
 
 @given(cut_tensor(), st.integers(1, 8), st.data())
