@@ -239,7 +239,7 @@ def _rank(world: int, rank: int, write: Callable[[Path], None], path: Path) -> i
         write(path)
         dist.barrier()
         dist.destroy_process_group()
-    except BaseException:
+    except Exception:  # noqa: BLE001 - the parent is told by the exit status
         traceback.print_exc()
         return 1
     return 0
