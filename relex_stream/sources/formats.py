@@ -9,6 +9,7 @@ from pathlib import Path
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
 from .naming import Naming
+from .split_safetensors import holds_split, open_split
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,20 @@ FORMATS = (
         name="safetensors",
         title="safetensors",
         looked_for="model.safetensors or model.safetensors.index.json",
-        places=(".", "huggingface", "actor/huggingface"),
+        places=(
+            *(".", "huggingface", "actor/huggingface", "actor/model/huggingface"),
+            *("weight", "policy/weights/model/consolidated", "policy/weights/model"),
+        ),
         holds=holds_weights,
         open=open_checkpoint,
     ),
+    Format(
+        name="split-safetensors",
+        title="split safetensors",
+        looked_for="shard-*-model-*-of-*.safetensors",
+        places=(".", "policy/weights/model", "model", "sharded"),
+        holds=holds_split,
+        open=open_split,
+    ),
 )
+"""The first one counts that all steps hold in the same place."""
