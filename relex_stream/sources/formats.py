@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
+from .dcp import holds_dcp, open_dcp
 from .naming import Naming
 from .split_safetensors import holds_split, open_split
 
@@ -59,6 +60,17 @@ FORMATS = (
         places=(".", "policy/weights/model", "model", "sharded"),
         holds=holds_split,
         open=open_split,
+    ),
+    Format(
+        name="dcp",
+        title="PyTorch DCP",
+        looked_for=".metadata with *.distcp",
+        places=(
+            *(".", "trainer", "pytorch_model_fsdp_0", "policy/weights/model", "policy/weights"),
+            *("model", "actor", "weights"),
+        ),
+        holds=holds_dcp,
+        open=open_dcp,
     ),
 )
 """The first one counts that all steps hold in the same place."""

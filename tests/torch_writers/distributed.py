@@ -122,7 +122,8 @@ def nemo_rl_split(out: Path) -> None:
 def consolidated(out: Path) -> None:
     """What torchtitan writes with ``last_save_in_hf``: parts in ``sharded/``, and whole files."""
     state = get_model_state_dict(sharded(1, torch.bfloat16))
-    del state["model.ids"]  # torch consolidates floats only
+    # torch 2.13 consolidates floats only, and scalars to zeros.
+    del state["model.ids"], state["model.scale"]
     index = {name: 1 + number % 2 for number, name in enumerate(state)}
     writer = dcp.HuggingFaceStorageWriter(
         str(out / "step-1"),
