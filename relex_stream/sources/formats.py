@@ -28,7 +28,7 @@ class Format:
     places : tuple of str
         Directories inside a step's where trainers put such weights, first match first.
     holds : callable
-        Whether a directory has files that `open` would start from; cheap, and never raises.
+        Whether a directory has files that `open` would start from; cheap.
     open : callable
         Opens a directory, of a step, its tensors under the base's names. Raises `SourceError`.
     """
