@@ -1,0 +1,42 @@
+"""Listing directories, and telling of what is in them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import SourceError
+
+
+def summarise(names: list[str], limit: int = 5) -> str:
+    """Return up to `limit` names and the number of the others, for a message.
+
+    Examples
+    --------
+    >>> summarise(["a", "b", "c"], limit=2), summarise([])
+    ('a, b and 1 more', 'nothing')
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "nothing"
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the sorted names of a directory's entries.
+
+    Raises
+    ------
+    SourceError
+        If it is missing, not a directory, or cannot be listed.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        raise SourceError(f"{directory}: no such directory; check the path") from None
+    except NotADirectoryError:
+        raise SourceError(
+            f"{directory}: a file where a directory belongs; check the path"
+        ) from None
+    except OSError as error:
+        raise SourceError(
+            f"{directory}: cannot be listed: {error.strerror}; check its permissions"
+        ) from error
