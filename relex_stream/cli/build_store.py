@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--source",
-    type=click.Choice(["auto", "safetensors", "split-safetensors", "dcp"]),
+    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
     default="auto",
     show_default=True,
     help="The format of the checkpoints; auto takes the first that all steps have.",

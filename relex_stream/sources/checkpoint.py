@@ -231,7 +231,7 @@ def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorP
 
 
 def sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return side files and skipped files among `names`, in their order."""
+    """Return side files and skipped files among `names`, paths in the directory, in their order."""
     side_files: list[str] = []
     skipped_files: list[str] = []
     for name in names:
@@ -252,5 +252,6 @@ def sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tupl
     return tuple(side_files), tuple(skipped_files)
 
 
-def _is_skipped(name: str) -> bool:
-    return _SKIPPED_PATTERN.fullmatch(name.lower()) is not None
+def _is_skipped(path: str) -> bool:
+    """Return whether one of the names in a relative path is that of a file to skip."""
+    return any(_SKIPPED_PATTERN.fullmatch(name) for name in path.lower().split("/"))

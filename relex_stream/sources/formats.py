@@ -9,6 +9,7 @@ from pathlib import Path
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
 from .dcp import holds_dcp, open_dcp
+from .fsdp import holds_shards, open_shards
 from .naming import Naming
 from .split_safetensors import holds_split, open_split
 
@@ -60,6 +61,14 @@ FORMATS = (
         places=(".", "policy/weights/model", "model", "sharded"),
         holds=holds_split,
         open=open_split,
+    ),
+    Format(
+        name="fsdp",
+        title="verl FSDP shards",
+        looked_for="model_world_size_W_rank_R.pt",
+        places=("actor", ".", "actor/model", "model"),
+        holds=holds_shards,
+        open=open_shards,
     ),
     Format(
         name="dcp",
