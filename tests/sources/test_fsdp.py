@@ -406,6 +406,16 @@ def test_what_is_no_tensor_stays_in_the_file(tmp_path):
     assert rebuilt(checkpoint, file) == (directory / file.relative_path).read_bytes()
 
 
+def test_tensors_with_attributes(tmp_path):
+    state = {"w": torch.arange(3.0), "p": torch.nn.Parameter(torch.ones(2))}
+    for tensor_ in state.values():
+        tensor_.note = "of the trainer"
+    checkpoint = open_step(alone(tmp_path / "noted", state))
+    for name, tensor_ in state.items():
+        data = tensor_.detach().numpy().tobytes()
+        assert assembled(checkpoint.tensors[name]).tobytes() == data
+
+
 def test_a_file_that_is_mostly_padding_is_not_kept(tmp_path, monkeypatch):
     directory = alone(tmp_path / "padding", {"w": torch.zeros(3000)[1000:2000], "n": torch.ones(1)})
     (file,) = open_step(directory).weights_files
