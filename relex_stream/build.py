@@ -25,7 +25,13 @@ from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
-from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint, parse_steps
+from relex_stream.sources import (
+    CheckpointReader,
+    Naming,
+    find_checkpoints,
+    open_checkpoint,
+    parse_steps,
+)
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
@@ -49,6 +55,9 @@ def build(
     *,
     pattern: str | None,
     steps: str | None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
     memory_limit: int | None,
     workers: int | None,
     include_base: bool,
@@ -81,7 +90,8 @@ def build(
     _refuse_overlap(base, checkpoints, store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
-    found = find_checkpoints(checkpoints, pattern, selection)
+    naming = Naming(frozenset(base_checkpoint.tensors), strip_prefix, tuple(map_names))
+    found = find_checkpoints(checkpoints, pattern, selection, source)
     with (
         StoreWriter(store) as writer,
         CheckpointReader() as reader,
@@ -96,7 +106,7 @@ def build(
         committed = writer.store
         stored_steps = committed.steps if committed else ()
         todo, skipped = _split_found(found.checkpoints, stored_steps)
-        opened: Iterator[SourceCheckpoint] = (open_checkpoint(path, step) for step, path in todo)
+        opened: Iterator[SourceCheckpoint] = (found.open(path, step, naming) for step, path in todo)
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
             check_base_layout(committed, base_checkpoint)

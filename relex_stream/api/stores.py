@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from relex_stream.api.arguments import AnyPath, optional_path
@@ -29,6 +30,9 @@ def build_store(
     *,
     pattern: str | None = None,
     steps: str | None = None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
     memory_limit: int | None = None,
     workers: int | None = None,
     include_base: bool = False,
@@ -45,13 +49,23 @@ def build_store(
     base : path
         Hugging Face model directory the run began from.
     checkpoints : path
-        Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` or ``iter_N/``.
+        Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` and the like, or that of the
+        run with it. docs/trainers.md has a table.
     store : path
         The store, made if it is not there. Steps in it already are skipped.
     pattern : str, optional
         Other names of checkpoint directories, with ``{step}`` for the number.
     steps : str, optional
         ``"1:75"`` (75 included), ``"1:75:5"``, ``"1,5,10"`` or one number; default all.
+    source : str
+        The format of the checkpoints: ``"safetensors"``, ``"split-safetensors"``, ``"fsdp"`` or
+        ``"dcp"``; ``"auto"`` for the first that all steps have.
+    strip_prefix : str, optional
+        What names of tensors in checkpoints begin with and those of the base do not; found out if
+        not given.
+    map_names : sequence of (str, str)
+        Regular expressions and what replaces their matches in names of tensors in checkpoints, in
+        order, behind the prefix that is given.
     memory_limit : int, optional
         Bytes this process may hold; default 768 MiB or what is free.
     workers : int, optional
@@ -92,6 +106,9 @@ def build_store(
         Path(store),
         pattern=pattern,
         steps=steps,
+        source=source,
+        strip_prefix=strip_prefix,
+        map_names=map_names,
         memory_limit=memory_limit,
         workers=workers,
         include_base=include_base,

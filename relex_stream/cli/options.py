@@ -111,6 +111,28 @@ class NumberOr(click.ParamType[int | None]):
         return int(value)
 
 
+class NameMap(click.ParamType[tuple[str, str]]):
+    """A regular expression and its replacement, with ``=`` between."""
+
+    name = "map"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return the two."""
+        if isinstance(value, tuple):
+            return value
+        # A pattern may hold a "="; names of tensors do not.
+        pattern, equals, replacement = value.rpartition("=")
+        if not equals or not pattern:
+            self.fail(
+                rf"{value!r} is not PATTERN=REPLACEMENT, like '^model\.=transformer.'", param, ctx
+            )
+        return pattern, replacement
+
+
+NAME_MAP = NameMap()
+
 PATH = click.Path(path_type=Path)
 """A path as it is: whether it exists is for the library to say, once and in one wording."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
+from .dcp import holds_dcp, open_dcp
 from .fsdp import holds_shards, open_shards
 from .naming import Naming
 from .split_safetensors import holds_split, open_split
@@ -28,7 +29,7 @@ class Format:
     places : tuple of str
         Directories inside a step's where trainers put such weights, first match first.
     holds : callable
-        Whether a directory has files that `open` would start from; cheap, and never raises.
+        Whether a directory has files that `open` would start from; cheap.
     open : callable
         Opens a directory, of a step, its tensors under the base's names. Raises `SourceError`.
     """
@@ -68,6 +69,17 @@ FORMATS = (
         places=("actor", ".", "actor/model", "model"),
         holds=holds_shards,
         open=open_shards,
+    ),
+    Format(
+        name="dcp",
+        title="PyTorch DCP",
+        looked_for=".metadata with *.distcp",
+        places=(
+            *(".", "trainer", "pytorch_model_fsdp_0", "policy/weights/model", "policy/weights"),
+            *("model", "actor", "weights"),
+        ),
+        holds=holds_dcp,
+        open=open_dcp,
     ),
 )
 """The first one counts that all steps hold in the same place."""

@@ -56,7 +56,7 @@ def find_checkpoints(
     directory: Path,
     pattern: str | None = None,
     steps: StepSelection | None = None,
-    source: str | None = None,
+    source: str = "auto",
 ) -> FoundCheckpoints:
     """Find the checkpoints of a run, the directory of each one's weights, and their format.
 
@@ -79,8 +79,8 @@ def find_checkpoints(
         directories that match are taken for complete.
     steps : StepSelection, optional
         Which steps to use; all if not given. Directories of other steps are not looked into.
-    source : str, optional
-        The name of a format: no other is looked for.
+    source : str
+        The name of a format: no other is looked for. ``auto`` for all.
 
     Returns
     -------
@@ -149,13 +149,13 @@ def find_checkpoints(
     )
 
 
-def _formats(source: str | None) -> Sequence[Format]:
-    if source is None:
+def _formats(source: str) -> Sequence[Format]:
+    if source == "auto":
         return FORMATS
     chosen = [format_ for format_ in FORMATS if format_.name == source]
     if not chosen:
         names = ", ".join(format_.name for format_ in FORMATS)
-        raise OptionError(f"--source {source}: there is no such format; choose one of {names}")
+        raise OptionError(f"--source {source}: there is no such format; choose auto, {names}")
     return chosen
 
 

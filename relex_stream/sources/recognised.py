@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import SourceError
 from .directories import list_names, summarise
+from .strict_json import shown
 
 _MERGE = "merge to safetensors first, e.g. with the trainer's own model merger"
 _MEGATRON = (
@@ -109,6 +112,22 @@ def recognise_inside(step: Path) -> tuple[str, str] | None:
                 where = path.relative_to(step).as_posix()
                 return f"{what}{'' if where == '.' else f' in {where}'}", remedy
     return None
+
+
+def refuse_adapter(where: Path, names: Iterable[str]) -> None:
+    """Refuse weights of an adapter, which are no model's.
+
+    Raises
+    ------
+    SourceError
+        If a name among `names` is one that PEFT gives to parts of an adapter.
+    """
+    for name in names:
+        if ".lora_" in name:
+            raise SourceError(
+                f"{where}: tensor {shown(name)} belongs to an adapter (LoRA); merge it into its "
+                "base model first, and save that"
+            )
 
 
 def is_megatron(directory: Path, names: list[str]) -> bool:

@@ -179,7 +179,7 @@ def _rebuild_tensor(args: tuple[object, ...]) -> StoredView:
     dtype = storage.dtype
     if dtype is None:  # _v3 names it
         named, extra = extra[:1], extra[1:]
-        dtype = _DTYPES.get(named[0]) if named and type(named[0]) is Known else None
+        dtype = TORCH_DTYPES.get(named[0]) if named and type(named[0]) is Known else None
         if dtype is None:
             raise ValueError("it has a tensor without a dtype")
     if any(extra):
@@ -214,7 +214,7 @@ def _refused(kind: str, remedy: str) -> Known:
     return Known(kind, refusal=f"holds {kind}, which are not read; {remedy}")
 
 
-_DTYPES = {
+TORCH_DTYPES = {
     Known(f"torch.{name}"): DTYPES[code]
     for name, code in (
         ("bfloat16", "BF16"),
@@ -236,6 +236,7 @@ _DTYPES = {
         ("complex64", "C64"),
     )
 }
+"""What a pickle names for a dtype, and which that is here."""
 
 _STORAGE_DTYPES = {
     Known(name): None if code is None else DTYPES[code]
@@ -272,6 +273,6 @@ _TENSORS = {
     "torch.Size": Known("torch.Size"),
     "torch.device": Known("torch.device"),
     **{f"torch.{name}Storage": _QUANTISED for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2")},
-    **{known.name: known for known in (*_DTYPES, *_STORAGE_DTYPES)},
+    **{known.name: known for known in (*TORCH_DTYPES, *_STORAGE_DTYPES)},
 }
 """What pickles of plain tensors name."""

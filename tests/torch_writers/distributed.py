@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -122,7 +123,8 @@ def nemo_rl_split(out: Path) -> None:
 def consolidated(out: Path) -> None:
     """What torchtitan writes with ``last_save_in_hf``: parts in ``sharded/``, and whole files."""
     state = get_model_state_dict(sharded(1, torch.bfloat16))
-    del state["model.ids"]  # torch consolidates floats only
+    # torch 2.13 consolidates floats only, and scalars to zeros.
+    del state["model.ids"], state["model.scale"]
     index = {name: 1 + number % 2 for number, name in enumerate(state)}
     writer = dcp.HuggingFaceStorageWriter(
         str(out / "step-1"),
@@ -147,19 +149,22 @@ def torchtitan(out: Path) -> None:
 
 
 def accelerate(out: Path) -> None:
-    """What accelerate's ``save_fsdp_model`` calls with SHARDED_STATE_DICT."""
+    """What accelerate's own functions write, and Hugging Face's Trainer through them.
+
+    They get no Accelerator: on a machine without devices, none uses FSDP.
+    """
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
+
+    PartialState(cpu=True)  # for its log
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False
+    )
+    ranks = SimpleNamespace(num_processes=dist.get_world_size(), process_index=dist.get_rank())
     model = sharded(1, torch.float32)
     inside = out / "checkpoint-1"
-    dcp.save(
-        state_dict={"model": get_model_state_dict(model)},
-        storage_writer=dcp.FileSystemWriter(inside / "pytorch_model_fsdp_0"),
-        planner=dcp.DefaultSavePlanner(),
-    )
-    dcp.save(
-        state_dict={"optimizer": get_optimizer_state_dict(model, stepped(model))},
-        storage_writer=dcp.FileSystemWriter(inside / "optimizer_0"),
-        planner=dcp.DefaultSavePlanner(),
-    )
+    save_fsdp_model(plugin, ranks, model, str(inside))
+    save_fsdp_optimizer(plugin, ranks, stepped(model), model, str(inside))
     if dist.get_rank() == 0:
         (inside / "trainer_state.json").write_text("{}")
 
@@ -233,13 +238,16 @@ def main(out: Path) -> None:
 def _rank(world: int, rank: int, write: Callable[[Path], None], path: Path) -> int:
     try:
         torch.set_num_threads(1)
+        # accelerate wants these, though there is a process group already.
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         dist.init_process_group(
             "gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=world
         )
         write(path)
         dist.barrier()
         dist.destroy_process_group()
-    except BaseException:
+    except Exception:  # noqa: BLE001 - the parent is told by the exit status
         traceback.print_exc()
         return 1
     return 0
