@@ -29,7 +29,7 @@ PLACES = {
     "hsdp": "global_step_{}/actor",
     "dcp": "step-{}",
     "dcp_with_state": "step-{}",
-    "split": "step_{}/policy/weights/model",
+    "split": "step_{}",
 }
 
 COME_BACK = [layout for layout in WEIGHTS if layout != "dcp_with_state"]
