@@ -20,6 +20,8 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("build-store", "base", "checkpoints", "run.store", "--pattern", "epoch-{step}"),
         *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
         *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
+        *("--replace-from", "40", "--source", "dcp", "--strip-prefix", "app.model."),
+        *("--map", "^a=b", "--map", "c=d=e"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
     )
     assert result.exit_code == 0, result.stderr
@@ -38,6 +40,10 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "allow_nonfinite": True,
                 "seed": 7,
                 "cast": "bf16",
+                "replace_from": 40,
+                "source": "dcp",
+                "strip_prefix": "app.model.",
+                "map_names": (("^a", "b"), ("c=d", "e")),
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
             },
