@@ -179,7 +179,7 @@ def _find_ranks(directory: Path, names: Iterable[str]) -> list[str]:
 
 
 def _noted_world(path: Path) -> int | None:
-    """Return the number of ranks that verl noted, None where it did not (before 0.4)."""
+    """Return the number of ranks that verl noted, None where it did not: old versions."""
     try:
         if not path.is_file():
             return None
