@@ -17,7 +17,9 @@ from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 @pytest.fixture
 def renamed(tmp_path: Path) -> Trajectory:
     """A run whose checkpoints call their tensors something else, under a prefix."""
-    run = make_trajectory(tmp_path, steps=(1, 2), tensors={"model.w": (50, 70)}, change_share=0.5)
+    run = make_trajectory(
+        tmp_path, steps=(1, 2), tensors={"model.w": (50, 70), "model.v": (300,)}, change_share=0.5
+    )
     for step in run.steps:
         tensors = {
             name.replace("model.", "app.net."): raw(bits, run.dtype)
