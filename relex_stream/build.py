@@ -32,6 +32,7 @@ from relex_stream.sources import (
     open_checkpoint,
     parse_steps,
 )
+from relex_stream.sources.checkpoint import INDEX_FILE
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
@@ -63,6 +64,7 @@ def build(
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None = None,
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -83,7 +85,7 @@ def build(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    _check_options(block_bytes, seed, workers)
+    _check_options(block_bytes, seed, workers, cast)
     if scheduler is not None or local_cluster is not None:
         # Workers have working directories of their own.
         base, checkpoints, store = base.absolute(), checkpoints.absolute(), store.absolute()
@@ -116,7 +118,8 @@ def build(
             first = next(opened)
             opened = chain([first], opened)
             tensors, _ = place_tensors(
-                describe_tensors(base_checkpoint, first, sketch_min_elements), block_bytes
+                describe_tensors(base_checkpoint, first, sketch_min_elements, cast=bool(cast)),
+                block_bytes,
             )
             sketch_width = SKETCH_WIDTH
         else:
@@ -128,9 +131,12 @@ def build(
         for checkpoint in opened:
             name = _name_in(checkpoints, Path(checkpoint.directory))
             before = places[-1] if places else None
-            places.append(match_checkpoint(checkpoint, tensors, name, before))
+            matched = match_checkpoint(checkpoint, tensors, name, before, cast=bool(cast))
+            places.append(matched)
             # Now, and not when its batch is committed: it would have to be opened again.
-            files[checkpoint.step] = _keep_files(writer, checkpoint)
+            files[checkpoint.step] = _keep_files(
+                writer, checkpoint, is_cast=bool(matched.is_cast.any())
+            )
             reader.expect(checkpoint)
         shape = model_shape(tensors, sketch_width)
         capacity = executor.prepare(
@@ -172,7 +178,9 @@ def build(
         )
 
 
-def _check_options(block_bytes: int, seed: int, workers: int | None) -> None:
+def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str | None) -> None:
+    if cast not in (None, "bf16"):
+        raise OptionError(f"--as must be bf16, not {cast}")
     if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
         raise OptionError(
             f"a block must be a multiple of 8 bytes up to {MAX_BLOCK_BYTES}, not {block_bytes}"
@@ -243,9 +251,20 @@ def _name_in(checkpoints: Path, path: Path) -> str:
     return Path(os.path.relpath(path, checkpoints)).as_posix()
 
 
-def _keep_files(writer: StoreWriter, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
-    entries = [writer.put_weights_file(file) for file in checkpoint.weights_files]
+def _keep_files(
+    writer: StoreWriter, checkpoint: SourceCheckpoint, *, is_cast: bool = False
+) -> tuple[FileEntry, ...]:
+    """Keep recipes of weights files that can be put together again, and the side files."""
+    entries = []
+    if not is_cast:
+        entries = [
+            writer.put_weights_file(file)
+            for file in checkpoint.weights_files
+            if file.parts is not None
+        ]
     for name in checkpoint.side_files:
+        if is_cast and name == INDEX_FILE:
+            continue  # of files that cannot come back
         path = Path(checkpoint.directory) / name
         try:
             data = path.read_bytes()
@@ -390,7 +409,7 @@ class _Job:
         # As they lie in the files: what the system reads ahead is then wanted next.
         by_place = sorted(
             (tensor for tensor in self.tensors if tensor.blocks),
-            key=lambda tensor: (first.file_of[tensor.index], first.offset_of[tensor.index]),
+            key=lambda tensor: first.table.first_place(tensor.index),
         )
         groups = grouped(
             (

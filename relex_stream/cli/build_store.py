@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     metavar="S",
     help="Seed of the random sketches; set when a store is made.",
 )
+@options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @options.cluster
 @options.common
 @click.pass_obj
@@ -93,6 +94,7 @@ def command(
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -119,6 +121,7 @@ def command(
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
             seed=seed,
+            cast=cast,
             scheduler=scheduler,
             local_cluster=local_cluster,
             progress=progress,
