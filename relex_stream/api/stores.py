@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relex_stream.api.arguments import AnyPath, optional_path
 from relex_stream.build import build
-from relex_stream.exporting import export_step
+from relex_stream.exporting import export_several, export_step
 from relex_stream.opened import OpenStore
 from relex_stream.specs import Progress
 from relex_stream.store import Store, StoreWriter
@@ -16,6 +16,7 @@ from relex_stream.store_info import info_of
 from relex_stream.summaries import (
     BuildSummary,
     DropSummary,
+    ExportsSummary,
     ExportSummary,
     StoreInfo,
     VerifySummary,
@@ -38,6 +39,8 @@ def build_store(
     include_base: bool = False,
     allow_nonfinite: bool = False,
     seed: int = 0,
+    cast: str | None = None,
+    replace_from: int | None = None,
     scheduler: AnyPath | None = None,
     local_cluster: int | None = None,
     progress: Progress | None = None,
@@ -77,6 +80,12 @@ def build_store(
         values count as 0 in every statistic.
     seed : int
         Seed of the sketches (new stores only).
+    cast : str, optional
+        ``"bf16"``: round weights that the base has in BF16 and the checkpoints in F32 to BF16, to
+        nearest even, on the way in. The store then keeps those, and not the bits of the files.
+    replace_from : int, optional
+        Take back the stored steps from this one on, and store those of `checkpoints` instead: those
+        of a run that was taken up again before it.
     scheduler : str or path, optional
         Do the work on a dask.distributed cluster: the address of its scheduler
         (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
@@ -114,6 +123,8 @@ def build_store(
         include_base=include_base,
         allow_nonfinite=allow_nonfinite,
         seed=seed,
+        cast=cast,
+        replace_from=replace_from,
         scheduler=None if scheduler is None else os.fspath(scheduler),
         local_cluster=local_cluster,
         progress=progress,
@@ -142,18 +153,26 @@ def export(
     out: AnyPath,
     *,
     step: int,
+    file_format: str | None = None,
+    cast: str | None = None,
     base: AnyPath | None = None,
     memory_limit: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ExportSummary:
-    """Write a stored checkpoint as it was: every ingested file, byte for byte.
+    """Write a stored checkpoint: every ingested file, byte for byte, or a model that loads.
 
     Parameters
     ----------
     store, out : path
     step : int
         A committed step, or 0 for the base.
+    file_format : str, optional
+        ``"ingested"``: the files that were ingested. ``"hf"``: safetensors with the names, shards
+        and side files of the base, and the weights of the step in the dtypes that the store has
+        them in. Default: those ingested if they can be put together again, else ``"hf"``.
+    cast : str, optional
+        With ``"hf"``: ``"bf16"`` rounds weights that the base has in BF16 to BF16, to nearest even.
     base : path, optional
         The base's directory, when it has moved.
     memory_limit, workers
@@ -173,6 +192,52 @@ def export(
         Path(store),
         Path(out),
         step=step,
+        file_format=file_format,
+        cast=cast,
+        base=optional_path(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def export_steps(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    steps: str,
+    file_format: str | None = None,
+    cast: str | None = None,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ExportsSummary:
+    """Write several stored checkpoints, each in ``OUT/step_N``.
+
+    Parameters
+    ----------
+    store, out : path
+    steps : str
+        As in `build_store`; a range takes the committed steps in it.
+    file_format, cast, base, memory_limit, workers
+        As in `export`.
+
+    Returns
+    -------
+    ExportsSummary
+
+    Raises
+    ------
+    CorruptionError, SourceError, OptionError, OutputError
+        As in `export`; steps that were written before an error stay.
+    """
+    return export_several(
+        Path(store),
+        Path(out),
+        steps=steps,
+        file_format=file_format,
+        cast=cast,
         base=optional_path(base),
         memory_limit=memory_limit,
         workers=workers,

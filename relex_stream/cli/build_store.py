@@ -74,6 +74,14 @@ if TYPE_CHECKING:
     metavar="S",
     help="Seed of the random sketches; set when a store is made.",
 )
+@options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
+@click.option(
+    "--replace-from",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
+    "was taken up again.",
+)
 @options.cluster
 @options.common
 @click.pass_obj
@@ -93,6 +101,8 @@ def command(
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None,
+    replace_from: int | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -119,6 +129,8 @@ def command(
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
             seed=seed,
+            cast=cast,
+            replace_from=replace_from,
             scheduler=scheduler,
             local_cluster=local_cluster,
             progress=progress,

@@ -184,6 +184,12 @@ base = click.option(
     help="Where the base model is now, if not where the store says.",
 )
 
+
+def cast(help: str) -> Callable[[Function], Function]:  # noqa: A002
+    """Return the option ``--as``, which each command explains in its own words."""
+    return click.option("--as", "cast", type=click.Choice(["bf16"]), help=help)
+
+
 memory_limit = click.option(
     "--memory-limit",
     type=ByteSize(),

@@ -131,6 +131,10 @@ def _coordinate(mesh: Made, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
         axes = [[(size, math.prod(shape[index + 1 :]))] for index, size in enumerate(shape)]
     if type(ranks) is not tuple or rank not in ranks:
         raise ValueError(f"rank {rank} is not in its mesh of ranks {shown(ranks)}")
+    if not all(type(member) is int for member in ranks) or list(ranks) != sorted(set(ranks)):
+        # Process groups sort their ranks, and torch takes the place in the group for that in the
+        # mesh at some places and not at others.
+        raise ValueError(f"its mesh lists ranks out of order, {shown(ranks)}; {_MERGE}")
     _check_strides([part for axis in axes for part in axis], len(ranks))
     position = ranks.index(rank)
     coordinate = tuple(_index(axis, position) for axis in axes)
@@ -248,7 +252,8 @@ _FLAT_PARAMETER = Known(
 DTENSORS = {
     "torch._tensor._rebuild_from_type_v2": Known("subclass", make=_rebuild_from_type),
     "torch._utils._rebuild_wrapper_subclass": Known("wrapper subclass"),
-    "torch.nn.parameter.Parameter": Known("Parameter"),
+    "torch.Tensor": Known("Tensor"),  # with attributes of its own
+    "torch._tensor.Tensor": Known("Tensor"),
     "torch.serialization._get_layout": Known("layout"),
     "torch.strided": Known("torch.strided"),
     f"{_MODULES}.DTensor": _DTENSOR,

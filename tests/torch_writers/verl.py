@@ -130,11 +130,13 @@ def of_four(out: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ddp", "fsdp"))
     save_step(out / "hsdp/global_step_1/actor", fsdp2(mesh).state_dict(), 4, rank)
     save_step(out / "hsdp1/global_step_1/actor", fsdp1(mesh), 4, rank, 1)
-    # Each half of the ranks on a mesh of its own, that is a row of the other.
+    # Each half of the ranks on a mesh of its own, that is a row of the other; or a column.
     save_step(out / "rows/global_step_1/actor", fsdp2(mesh["fsdp"]).state_dict(), 4, rank)
-    # Ranks in another order, and another shape.
-    odd = DeviceMesh("cpu", [[3, 1], [0, 2]], mesh_dim_names=("a", "b"))
-    save_step(out / "placed", placed(odd), 4, rank)
+    save_step(out / "columns/global_step_1/actor", fsdp2(mesh["ddp"]).state_dict(), 4, rank)
+    save_step(out / "placed", placed(mesh), 4, rank)
+    shuffled = DeviceMesh("cpu", [[2, 3], [0, 1]])
+    tensor = distribute_tensor(torch.ones(4, 3), shuffled, [Shard(0), Replicate()])
+    save_step(out / "refused/shuffled", {"model.norm": tensor}, 4, rank)
 
 
 WORLDS: tuple[tuple[int, Callable[[Path], None]], ...] = (
