@@ -223,6 +223,12 @@ def copy_worker_bytes(shape: ModelShape) -> int:
     return blocks + codec_bytes(shape) + _frames_at_hand_bytes(shape)
 
 
+def compare_worker_bytes(shape: ModelShape) -> int:
+    """One worker of a comparison: what export has, and the block of the checkpoint."""
+    differences = shape.largest_block + 8 * shape.largest_block  # where they are
+    return copy_worker_bytes(shape) + shape.largest_block_bytes + differences
+
+
 def extrapolate_shared_bytes(
     shape: ModelShape,
     rows: int,

@@ -160,6 +160,17 @@ ROOMS = {
         | {"methods", "mixing", "model_writes", "nested", "request"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
+    "comparing": Room(BELOW_STAGES | {"pagecache", "warmup"}, {"numpy"}),
+    # Following a run.
+    "arrivals": Room({"sources"}),
+    "watch_ledger": Room({"paths"}),
+    "freeing": Room({"watch_ledger"}),
+    "hooks": Room(),
+    "watching": Room(
+        {"arrivals", "base_weights", "build", "comparing", "freeing", "hooks", "sources", "store"}
+        | {"watch_ledger"},
+        {"numpy"},
+    ),
     "store_info": Room({"store"}, {"numpy"}),
     # The only room that draws.
     "reporting": Room(
@@ -183,6 +194,7 @@ ROOMS = {
             "request",
             "store_info",
             "verification",
+            "watching",
             "opened",
         },
         {"numpy"},
@@ -190,6 +202,8 @@ ROOMS = {
     "demo": Room(
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
+    # For trainers, which bring their packages; what they need of us runs in another process.
+    "integrations": Room({"store"}, {"transformers"}),
     # The only room that prints.
     "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),

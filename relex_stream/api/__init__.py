@@ -8,6 +8,7 @@ from relex_stream.api.arguments import AnyPath, RunArguments
 from relex_stream.api.models import combine, extrapolate, reconstruct, sweep
 from relex_stream.api.stores import build_store, drop, export, info, open_store, verify
 from relex_stream.api.trajectories import analyze, backtest, report
+from relex_stream.api.watching import watch
 from relex_stream.opened import OpenStore
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "report",
     "sweep",
     "verify",
+    "watch",
 ]

@@ -20,38 +20,13 @@ if TYPE_CHECKING:
 @click.argument("base", type=options.PATH)
 @click.argument("checkpoints", type=options.PATH)
 @options.store_argument
-@click.option(
-    "--pattern",
-    metavar="PATTERN",
-    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
-    "like 'epoch-{step}'.  [default: global_step_N, checkpoint-N, step_N or iter_N]",
-)
-@click.option(
-    "--steps",
-    metavar="STEPS",
-    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
-    "10:500:10, with commas between.  [default: all]",
-)
+@options.pattern
+@options.steps
 @options.memory_limit
 @options.workers
-@click.option(
-    "--include-base",
-    is_flag=True,
-    help="Keep the base's weights in the store too, so that it needs nothing else.",
-)
-@click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Take checkpoints with infinities or NaNs where the base has none.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="S",
-    help="Seed of the random sketches; set when a store is made.",
-)
+@options.include_base
+@options.allow_nonfinite
+@options.seed
 @options.cluster
 @options.common
 @click.pass_obj

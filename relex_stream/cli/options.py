@@ -162,6 +162,41 @@ base = click.option(
     help="Where the base model is now, if not where the store says.",
 )
 
+pattern = click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
+    "like 'epoch-{step}'.  [default: global_step_N, checkpoint-N, step_N or iter_N]",
+)
+
+steps = click.option(
+    "--steps",
+    metavar="STEPS",
+    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
+    "10:500:10, with commas between.  [default: all]",
+)
+
+include_base = click.option(
+    "--include-base",
+    is_flag=True,
+    help="Keep the base's weights in the store too, so that it needs nothing else.",
+)
+
+allow_nonfinite = click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Take checkpoints with infinities or NaNs where the base has none.",
+)
+
+seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Seed of the random sketches; set when a store is made.",
+)
+
 memory_limit = click.option(
     "--memory-limit",
     type=ByteSize(),

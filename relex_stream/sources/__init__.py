@@ -5,7 +5,8 @@ which bytes of which file are which tensor, and `CheckpointReader` fetches them.
 """
 
 from .checkpoint import open_checkpoint
-from .layout import FoundCheckpoints, StepSelection, find_checkpoints, parse_steps
+from .completion import missing_mark
+from .layout import FoundCheckpoints, StepSelection, find_checkpoints, list_steps, parse_steps
 from .reader import CheckpointReader
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "FoundCheckpoints",
     "StepSelection",
     "find_checkpoints",
+    "list_steps",
+    "missing_mark",
     "open_checkpoint",
     "parse_steps",
 ]

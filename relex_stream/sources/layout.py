@@ -196,20 +196,48 @@ def find_checkpoints(
     )
 
 
+def list_steps(
+    directory: Path, pattern: str | None = None, steps: StepSelection | None = None
+) -> dict[int, Path]:
+    """Return the directories that stand for steps, whatever is in them so far.
+
+    For those who wait for checkpoints: nothing need be there yet.
+
+    Parameters
+    ----------
+    directory, pattern, steps
+        As in `find_checkpoints`, but the directory and the steps need not exist.
+
+    Returns
+    -------
+    dict of int to Path
+        Each step's directory, ascending, without step 0.
+
+    Raises
+    ------
+    OptionError, SourceError
+        As in `find_checkpoints`, where waiting would not help: a malformed pattern, two directories
+        for one step, several families.
+    """
+    directory = directory.absolute()
+    parts = None if pattern is None else _compile_pattern(pattern)
+    if not directory.exists():
+        return {}
+    if parts is None:
+        matches = [match for family in _families_in(directory).values() for match in family]
+    else:
+        matches = list(_match(directory, parts))
+    return {
+        step: path
+        for step, path in _by_step(directory, matches).items()
+        if step and (steps is None or steps.selects(step))
+    }
+
+
 def _match_families(directory: Path) -> tuple[str, list[tuple[int, Path]]]:
     """Return the one known family present in a directory, with its steps."""
     names = list_names(directory)
-    found = {
-        family: matches
-        for family in FAMILIES
-        if (matches := list(_match(directory, _compile_pattern(family))))
-    }
-    if len(found) > 1:
-        examples = [f"{family} ({matches[0][1].name})" for family, matches in found.items()]
-        raise SourceError(
-            f"{directory}: checkpoints of several kinds: {' and '.join(examples)}; choose one "
-            f"with --pattern, e.g. --pattern '{next(iter(found))}'"
-        )
+    found = _families_in(directory)
     if found:
         return next(iter(found.items()))
     if holds_weights(directory):
@@ -221,6 +249,22 @@ def _match_families(directory: Path) -> tuple[str, list[tuple[int, Path]]]:
         f"{directory}: no checkpoints: looked for directories {wanted}; there are: "
         f"{summarise(names)}; check the path, or say with --pattern how they are called"
     )
+
+
+def _families_in(directory: Path) -> dict[str, list[tuple[int, Path]]]:
+    """Return the steps of the one known family in a directory, or nothing."""
+    found = {
+        family: matches
+        for family in FAMILIES
+        if (matches := list(_match(directory, _compile_pattern(family))))
+    }
+    if len(found) > 1:
+        examples = [f"{family} ({matches[0][1].name})" for family, matches in found.items()]
+        raise SourceError(
+            f"{directory}: checkpoints of several kinds: {' and '.join(examples)}; choose one "
+            f"with --pattern, e.g. --pattern '{next(iter(found))}'"
+        )
+    return found
 
 
 def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
