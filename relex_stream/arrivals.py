@@ -123,6 +123,10 @@ class Arrivals:
             return Arrival(is_whole=False, lacks=str(error), idle_s=idle_s)
         return Arrival(is_whole=True, lacks="", idle_s=idle_s)
 
+    def glance(self, step: int, directory: Path, now: Moment) -> None:
+        """Note only whether a checkpoint changes: one that is not to be taken yet."""
+        self._look_at_files(step, directory, now)
+
     def open(self, step: int) -> SourceCheckpoint:
         """Open a checkpoint as it is now.
 

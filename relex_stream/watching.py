@@ -273,7 +273,7 @@ class Watch:
         known = set(stored)
         now = self._clock.now()
         ready: list[int] = []
-        self._settling = False
+        held_up = self._settling = False
         for step, directory in present.items():
             if step in known:
                 continue
@@ -281,18 +281,20 @@ class Watch:
                 self._say(
                     step,
                     "left-out",
-                    f"{directory} came when the store held step {last} already; to take it in, "
-                    "drop the steps after it and build again",
+                    f"{directory} came when the store held a later step; to take it in, drop the "
+                    "steps after it and build again",
                 )
+                continue
+            if held_up:
+                self._arrivals.glance(step, directory, now)
                 continue
             arrival = self._arrivals.look(step, directory, now)
             if arrival.is_whole:
                 self._given_up.pop(step, None)
                 ready.append(step)
                 continue
-            self._settling |= arrival.is_settling
-            if not self._may_be_passed_over(step, arrival):
-                break
+            self._settling = arrival.is_settling
+            held_up = not self._may_be_passed_over(step, arrival)
         return ready
 
     def _may_be_passed_over(self, step: int, arrival: Arrival) -> bool:
@@ -336,6 +338,7 @@ class Watch:
                 self._alone_up_to, go_on = steps[-1], True
             else:
                 self._arrivals.refuse(steps[0], str(error))
+                self._say(steps[0], "waiting", str(error))
         after = self._opened_store()
         known = set(before.steps) if before is not None else set()
         added = [step for step in after.steps if step not in known] if after is not None else []
@@ -343,6 +346,7 @@ class Watch:
         for step in added:
             assert after is not None
             self._stored(after, step, ledger, each_s)
+            self._free(ledger)
         return go_on or bool(added)
 
     def _stored(self, store: Store, step: int, ledger: Ledger, append_s: float) -> None:
