@@ -30,11 +30,11 @@ def test_failure_is_a_warning():
 
 def test_what_takes_too_long_is_killed_with_its_children(tmp_path):
     alive = tmp_path / "alive"
-    child = f"import time; time.sleep(1); open({str(alive)!r}, 'w')"
+    child = f"import time; time.sleep(0.6); open({str(alive)!r}, 'w')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with pytest.warns(RelexStreamWarning, match=r"was killed: it took longer than 0\.3 s"):
         run_hook([PYTHON, "-c", code], {}, timeout_s=0.3)
-    time.sleep(1.2)
+    time.sleep(0.6)
     assert not alive.exists()
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from relex_stream.cli.watch import describe_event
-from relex_stream.store import Store
 from relex_stream.summaries import WatchEvent
 from tests.cli.conftest import WATCH, WATCH_EVENTS, FakeApi, Run
 from tests.crash.runs import tiny_trajectory
@@ -199,13 +198,7 @@ def test_what_takes_too_long_is_given_up(
     assert time.monotonic() - began < 15
     assert (process.returncode, err) == (0, "")
     assert out.startswith("stopped by a signal; 0 steps stored")
-    with start(made, store) as process:
-        assert process.stdout is not None
-        for _ in made.steps:
-            process.stdout.readline()
-        process.terminate()
-        process.communicate(timeout=20)
-    assert Store(store).steps == made.steps
+    assert not store.exists()
 
 
 def test_handlers_are_as_before_afterwards(run: Run) -> None:
