@@ -223,14 +223,14 @@ def closing_line(summary: WatchSummary) -> str:
     return f"{reasons[summary.ended]}; {', '.join(parts)}"
 
 
-def _words(ctx: click.Context, text: str | None) -> list[str]:
+def _words(ctx: click.Context, text: str | None) -> tuple[str, ...]:
     try:
         words = shlex.split(text) if text is not None else []
     except ValueError as error:
         raise click.UsageError(f"--on-commit {text!r}: {error}", ctx) from None
     if text is not None and not words:
         raise click.UsageError("--on-commit names no program", ctx)
-    return words
+    return tuple(words)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def test_every_option_is_passed_on(api: FakeApi, run: Run) -> None:
             "until": 75,
             "once": True,
             "idle_exit_s": 600.0,
-            "on_commit": ["notify", "a b", "$HOME"],
+            "on_commit": ("notify", "a b", "$HOME"),
             "dry_run": True,
             "include_base": True,
             "allow_nonfinite": True,
