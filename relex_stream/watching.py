@@ -316,8 +316,6 @@ class Watch:
         """Append steps and verify them; say whether to go on at once."""
         before = self._opened_store()
         settings: dict[str, Any] = {**_BUILD_DEFAULTS, **self._build_options}
-        if before is not None:
-            settings["include_base"] = before.manifest.base_included
         began_s = self._clock.now().elapsed_s
         go_on = False
         try:

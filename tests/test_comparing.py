@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relex_stream import pagecache
-from relex_stream.comparing import Comparison, compare_step
+from relex_stream.comparing import BlockComparison, Comparison, compare_step
 from relex_stream.errors import MemoryLimitError, OptionError, SourceError
 from relex_stream.sources import open_checkpoint
 from relex_stream.specs import SourceCheckpoint
@@ -184,9 +185,12 @@ def test_damage_in_the_store_is_a_problem_and_no_error(tmp_path):
     assert "step 4, tensor big.weight, block 1" in problem
     config = store.commit(3).files
     blob = next(entry.blob for entry in config if entry.path == "config.json")
+    header = next(name for entry in config if entry.recipe for kind, name in store.recipe(entry))
     assert blob is not None
     flip(store.blob_path(blob), 0)
+    flip(store.blob_path(header), 30)
     problems = compare(run, run.directories[4], 4).problems
+    assert any("file model-0000" in p and "does not match" in p for p in problems)
     assert any(
         "file config.json" in problem and "does not match" in problem for problem in problems
     )
@@ -197,6 +201,19 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path, run):
     source = open_checkpoint(copy, STEP)
     path = Path(source.weights_paths[0])
     path.write_bytes(path.read_bytes())
+    with pytest.raises(SourceError, match="changed while it was being read"):
+        compare_step(Store(run.base.parent / "run.store"), source)
+
+
+def test_a_source_that_changes_once_it_was_read_is_an_error(tmp_path, run, monkeypatch):
+    source = open_checkpoint(copy_of(run, tmp_path), STEP)
+    finish = BlockComparison.finish
+
+    def and_touch(*arguments: Any, **options: Any) -> Any:
+        Path(source.weights_paths[0]).touch()
+        return finish(*arguments, **options)
+
+    monkeypatch.setattr(BlockComparison, "finish", and_touch)
     with pytest.raises(SourceError, match="changed while it was being read"):
         compare_step(Store(run.base.parent / "run.store"), source)
 

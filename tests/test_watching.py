@@ -380,10 +380,19 @@ def test_the_store_keeps_its_choice_of_the_base(run):
     run.arrive(1)
     run.watch(build={"include_base": True, "workers": 1})
     run.arrive(2)
-    run.watch()  # and no warning that it is included
-    run.arrive(3)
-    run.watch(build={"include_base": True, "workers": 1})
+    run.watch()
     assert Store(run.store).manifest.base_included
+    assert run.stored == (1, 2)
+
+
+def test_a_base_that_cannot_be_included_any_more_is_warned_of_once(run):
+    run.arrive(1)
+    run.watch()
+    run.arrive(2)
+    acts = [*[lambda: None] * 4, lambda: run.arrive(3), *[lambda: None] * 4]
+    with pytest.warns(RelexStreamWarning) as caught:
+        run.watch(*acts, until=3, build={"include_base": True, "workers": 1})
+    assert len([w for w in caught if "--include-base is left out" in str(w.message)]) == 1
     assert run.stored == (1, 2, 3)
 
 
@@ -579,10 +588,27 @@ def test_a_deletion_that_fails_is_a_warning_and_not_the_end(run, monkeypatch):
 
     monkeypatch.setattr(Remover, "remove", refuse)
     with pytest.warns(RelexStreamWarning, match="step 1 stays .* Permission denied"):
-        summary = run.watch(delete_ingested=True)
+        summary = run.watch(*[lambda: None] * 9, run.stop.set, delete_ingested=True)
     assert summary.steps_deleted == (2,)
+    assert run.told("deleting") == [1, 2]  # not at every look
+    run.stop.clear()
     monkeypatch.undo()
     assert run.watch(delete_ingested=True).steps_deleted == (1,)
+
+
+def test_steps_that_somebody_drops_meanwhile_are_not_deleted(run):
+    run.arrive(1, 2)
+
+    def drop() -> None:
+        assert run.stored == (1, 2)
+        rs.drop(run.store, after=0)
+        # It is being written again, so that none is stored again soon.
+        (run.directory(1) / "new.json").touch()
+
+    acts = [*[lambda: None] * 4, drop, lambda: None, run.stop.set]
+    summary = run.watch(*acts, delete_ingested=True, keep_last=2)
+    assert summary.steps_verified == (1, 2)
+    assert (run.stored, summary.steps_deleted, run.with_weights) == ((), (), [1, 2])
 
 
 def test_links_out_of_the_checkpoints_are_not_followed(run):
@@ -740,7 +766,7 @@ def test_an_interruption_that_nobody_asked_for_goes_on(run, monkeypatch):
 def test_nothing_is_begun_once_it_is_stopped(run):
     run.arrive(1)
     run.stop.set()
-    assert run.watch().ended == "stopped"
+    assert run.watch(settle_s=0).ended == "stopped"
     assert not run.store.exists()
 
 

@@ -138,8 +138,6 @@ def command(
         elif not session.quiet or is_trouble(event):
             for line in describe_event(event, verbose=session.verbose):
                 click.echo(line)
-        # A log is read while it is written.
-        sys.stdout.flush()
 
     with _progress(session) as progress, _stopping_on_signals() as stop:
         summary = watch(
