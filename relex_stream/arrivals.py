@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relex_stream.errors import RelexStreamWarning, SourceError
-from relex_stream.sources import (
-    StepSelection,
-    find_checkpoints,
-    list_steps,
-    missing_mark,
-    open_checkpoint,
-)
+from relex_stream.sources import Naming, StepSelection, find_checkpoints, list_steps
 from relex_stream.specs import SourceCheckpoint
 
 CLOCKS_AGREE_S = 300.0
 """How far the clock of a file server may be from ours, when ages of files are looked at."""
+
+_AS_THEY_ARE = Naming()
 
 _Files = dict[str, tuple[int, int]]
 
@@ -74,7 +70,10 @@ class Arrivals:
     checkpoints : Path
     pattern : str, optional
     selection : StepSelection, optional
+    source : str
         As in `find_checkpoints`.
+    naming : Naming
+        What their tensors are called in the base.
     settle_s : float
         Seconds for which nothing in a checkpoint must have changed.
     """
@@ -85,12 +84,17 @@ class Arrivals:
         *,
         pattern: str | None = None,
         selection: StepSelection | None = None,
+        source: str = "auto",
+        naming: Naming = _AS_THEY_ARE,
         settle_s: float,
     ) -> None:
         self._checkpoints = checkpoints
         self._pattern = pattern
         self._selection = selection
+        self._source = source
+        self._naming = naming
         self._settle_s = settle_s
+        self._unfinished: dict[int, str] = {}
         self._seen: dict[int, _Seen] = {}
 
     def steps(self) -> dict[int, Path]:
@@ -101,10 +105,11 @@ class Arrivals:
         OptionError, SourceError
             Where waiting would not help: see `list_steps`.
         """
-        found = list_steps(self._checkpoints, self._pattern, self._selection)
-        for gone in self._seen.keys() - found.keys():
+        found = list_steps(self._checkpoints, self._pattern, self._selection, self._source)
+        for gone in self._seen.keys() - found.directories.keys():
             del self._seen[gone]
-        return found
+        self._unfinished = found.unfinished
+        return found.directories
 
     def look(self, step: int, directory: Path, now: Moment) -> Arrival:
         """Say how far a checkpoint is."""
@@ -114,9 +119,9 @@ class Arrivals:
             return Arrival(is_whole=False, lacks="", idle_s=idle_s)
         if seen.refused:
             return Arrival(is_whole=False, lacks=seen.refused, idle_s=idle_s)
-        mark = missing_mark(directory)
-        if mark is not None:
-            return Arrival(is_whole=False, lacks=f"{directory} lacks {mark}", idle_s=idle_s)
+        if step in self._unfinished:
+            reason = f"{directory} is not complete: {self._unfinished[step]}"
+            return Arrival(is_whole=False, lacks=reason, idle_s=idle_s)
         try:
             self.open(step)
         except SourceError as error:
@@ -139,9 +144,9 @@ class Arrivals:
         with warnings.catch_warnings():
             # The build says them, once.
             warnings.simplefilter("ignore", RelexStreamWarning)
-            found = find_checkpoints(self._checkpoints, self._pattern, alone)
+            found = find_checkpoints(self._checkpoints, self._pattern, alone, self._source)
             ((_, directory),) = found.checkpoints
-            return open_checkpoint(directory, step)
+            return found.open(directory, step, self._naming)
 
     def refuse(self, step: int, reason: str) -> None:
         """Take a checkpoint for broken until something in it changes."""

@@ -6,7 +6,6 @@ either is dropped first, so that it is the disks that are compared.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,21 +26,22 @@ from relex_stream.blocks import (
     model_shape,
     work_on_strips,
 )
-from relex_stream.errors import CorruptionError, SourceError
+from relex_stream.errors import CorruptionError, SourceError, TrajectoryError
 from relex_stream.graph import Stage, Threads, grouped
+from relex_stream.matching import CheckpointPlaces, kept_files, match_checkpoint
 from relex_stream.pagecache import forget
+from relex_stream.source_blocks import SourceBlocks
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import (
     STEP_GROUP,
     NoProgress,
     Progress,
     SourceCheckpoint,
-    TensorPlace,
     WeightsFile,
-    joined_pieces,
 )
 from relex_stream.store import Store, arrays
 from relex_stream.store.records import FileEntry, StoredTensor
+from relex_stream.store.write import blob_name, weights_entry
 from relex_stream.summaries import StagePlan
 from relex_stream.ulp import Bits
 from relex_stream.warmup import warm_up_decoding
@@ -95,7 +95,8 @@ def compare_step(
     ----------
     store : Store
     source : SourceCheckpoint
-        Of a step that is in the store; opened just now, so that its headers are as they are.
+        Of a step that is in the store; opened just now, so that its headers are as they are, with
+        the base's names. F32 weights that the store has in BF16 are compared as rounded.
     base : Path, optional
         The base's directory, when it has moved.
     memory_limit : int, optional
@@ -121,8 +122,13 @@ def compare_step(
     row = store.row_of(source.step)
     commit = store.commit(row)
     problems: list[str] = []
-    side_bytes = _compare_files(store, source, commit.files, problems)
-    tensors = _comparable(store, source, problems)
+    try:
+        places = match_checkpoint(source, store.manifest.tensors, source.directory, cast=True)
+    except TrajectoryError as error:
+        return Comparison(source.step, 0, (str(error),))
+    side_bytes = _compare_files(
+        store, source, commit.files, problems, is_cast=bool(places.is_cast.any())
+    )
     executor = Threads(workers, memory_limit)
     shape = model_shape(store.manifest.tensors, store.manifest.sketch_width)
     stage = StagePlan(
@@ -142,14 +148,14 @@ def compare_step(
     with CheckpointReader() as reader:
         reader.expect(source)
         results: dict[Hashable, _Found] = executor.run(
-            BlockComparison(store, open_base(store, base, reader), source, row, reader),
+            BlockComparison(store, open_base(store, base, reader), places, row, reader),
             grouped(
                 (
                     tensor.index,
                     [BlockOf(tensor, block) for block in range(tensor.blocks)],
                     lambda at: at.elements * at.tensor.itemsize,
                 )
-                for tensor in tensors
+                for tensor in _in_file_order(store, places)
             ),
             workers=plan.workers,
             name=f"compare step {source.step}",
@@ -169,8 +175,8 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
     ----------
     store : Store
     base : BaseWeights
-    source : SourceCheckpoint
-        Holds each block's tensor, in the store's dtype, or one that is tied to it.
+    places : CheckpointPlaces
+        Of the checkpoint.
     row : int
         Of the step in the store.
     reader : CheckpointReader
@@ -183,25 +189,31 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
         self,
         store: Store,
         base: BaseWeights,
-        source: SourceCheckpoint,
+        places: CheckpointPlaces,
         row: int,
         reader: CheckpointReader,
     ) -> None:
         super().__init__()
         self._store = store
         self._base = base
-        self._source = source
+        self._places = places
         self._row = row
-        self._reader = reader
-        self._heads_of = _heads_in(store, source)
+        self._source = SourceBlocks(reader, [places])
+        self._heads_of: dict[str, list[StoredTensor]] = {}
+        for tensor in store.manifest.tensors:
+            if tensor.tied_to is not None and places.table.holds(tensor.index):
+                self._heads_of.setdefault(tensor.tied_to, []).append(tensor)
 
     def fetch(self, tasks: Sequence[tuple[BlockOf, ...]]) -> None:
         """As in `Stage`."""
         fetch_blocks(self._store, self._base, self._row + 1, tasks)
+        for at in (at for task in tasks for at in task):
+            if self._places.table.holds(at.tensor.index):
+                self._source.advise(at, 0)
 
     def work(self, tasks: Sequence[tuple[BlockOf, ...]], values: Sequence[None]) -> list[_Found]:
         """Compare the blocks of each task; small tensors together."""
-        compared = work_on_strips(tasks, self._kind_of, self._compare)
+        compared = work_on_strips(tasks, float_formats, self._compare)
         return [_Found.combine(parts) for parts in compared]
 
     def combine(self, partials: list[_Found]) -> _Found:
@@ -219,20 +231,10 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
             if len(at.blocks) == 1:
                 return [_Found(problems=[str(error)])]
             return [found for block in at.blocks for found in self._compare(block)]
-        found = [_Found() for _ in at.blocks]
-        for names in self._names_of(at):
-            self._compare_with(at, stored, names, found)
-        return found
-
-    def _kind_of(self, at: BlockOf) -> Hashable:
-        # What is compared with another tensor than its own must be alone.
-        return None if at.tensor.name in self._heads_of else float_formats(at)
-
-    def _names_of(self, at: Blocks) -> list[list[str]]:
-        """Return lists of tensors in the checkpoint, one for each block, to compare with."""
-        own = [block.tensor.name for block in at.blocks]
-        heads = [[head] for head in self._heads_of.get(own[0], ())]
-        return [own, *heads] if own[0] in self._source.tensors else heads
+        return [
+            self._compare_block(block, stored[low:high])
+            for block, (low, high) in zip(at.blocks, pairwise(at.bounds), strict=True)
+        ]
 
     def _decode(self, at: Blocks) -> Bits:
         reader = BlockReader(self._store, self._base, self.of_thread(Workspace))
@@ -241,98 +243,58 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
             bits = reader.bits_at(at, bits, self._row + 1)
         return bits
 
-    def _compare_with(
-        self, at: Blocks, stored: Bits, names: Sequence[str], found: Sequence[_Found]
-    ) -> None:
-        places = [self._source.tensors[name] for name in names]
-        there = self._read(at, places, stored.dtype)
-        if np.array_equal(stored, there):
-            for here, block in zip(found, at.blocks, strict=True):
-                here.compared_bytes += block.elements * stored.itemsize
-            return
-        for here, block, place, (low, high) in zip(
-            found, at.blocks, places, pairwise(at.bounds), strict=True
-        ):
-            here.compared_bytes += block.elements * stored.itemsize
-            differ = np.flatnonzero(stored[low:high] != there[low:high])
-            if differ.size:
-                here.problems.append(
-                    f"step {self._source.step}: tensor {place.spec.name}, block {block.block}: "
-                    f"{differ.size} of {block.elements} elements are not as in {place.path}, the "
-                    f"first is element {block.start + int(differ[0])}"
-                )
-
-    def _read(
-        self, at: Blocks, places: Sequence[TensorPlace], dtype: np.dtype[np.unsignedinteger]
-    ) -> Bits:
-        """Read the same elements of the checkpoint."""
-        pieces = joined_pieces(
-            (
-                place.path,
-                place.offset + block.start * dtype.itemsize,
-                block.elements * dtype.itemsize,
-            )
-            for block, place in zip(at.blocks, places, strict=True)
-        )
+    def _compare_block(self, at: BlockOf, stored: Bits) -> _Found:
+        """Compare a block with its tensor, with what is tied to that, and with copies."""
+        found = _Found()
         workspace = self.of_thread(Workspace)
-        out = workspace.array("compared", at.elements, dtype, pieces[0][1])
-        raw, done = out.view(np.uint8), 0
-        for path, offset, nbytes in pieces:
-            self._reader.read(path, offset, raw[done : done + nbytes])
-            done += nbytes
-        return out
+        there = workspace.array("compared", at.elements, stored.dtype)
+        held = [at.tensor] if self._places.table.holds(at.tensor.index) else []
+        for tensor in (*held, *self._heads_of.get(at.tensor.name, ())):
+            self._source.read(at, 0, there, workspace, tensor)
+            self._note(found, at, tensor, 0, stored, there)
+        for first, bits in self._source.copies(at, 0, workspace):
+            self._note(found, at, at.tensor, first, stored[first : first + bits.size], bits)
+        return found
+
+    def _note(
+        self,
+        found: _Found,
+        at: BlockOf,
+        tensor: StoredTensor,
+        first: int,
+        stored: Bits,
+        there: Bits,
+    ) -> None:
+        """Note what was compared, from element `first` of the block on, and how it differs."""
+        found.compared_bytes += there.nbytes
+        if np.array_equal(stored, there):
+            return
+        differ = np.flatnonzero(stored != there)
+        file, _ = self._places.table.first_place(tensor.index)
+        found.problems.append(
+            f"step {self._places.step}: tensor {tensor.name}, block {at.block}: {differ.size} of "
+            f"{at.elements} elements are not as in {self._places.files[file]}, the first is "
+            f"element {at.start + first + int(differ[0])}"
+        )
 
 
-def _heads_in(store: Store, source: SourceCheckpoint) -> dict[str, list[str]]:
-    """Return tensors of the checkpoint that are tied to others, by the others' names."""
-    heads: dict[str, list[str]] = {}
-    for tensor in store.manifest.tensors:
-        if tensor.tied_to is not None and tensor.name in source.tensors:
-            heads.setdefault(tensor.tied_to, []).append(tensor.name)
-    return heads
+def _in_file_order(store: Store, places: CheckpointPlaces) -> list[StoredTensor]:
+    """Return the tensors that have blocks, as they lie in the checkpoint."""
 
+    def place_of(tensor: StoredTensor) -> tuple[int, int]:
+        held = places.table.holds(tensor.index)
+        return places.table.first_place(tensor.index) if held else (-1, tensor.index)
 
-def _comparable(store: Store, source: SourceCheckpoint, problems: list[str]) -> list[StoredTensor]:
-    """Return the tensors whose blocks can be compared, as they lie in the checkpoint."""
-    heads = _heads_in(store, source)
-    where = f"step {source.step}: {source.directory}"
-    comparable = []
-    for tensor in store.manifest.tensors:
-        names = [tensor.name, *heads.get(tensor.name, ())]
-        held = [name for name in names if name in source.tensors]
-        if not held:
-            if tensor.kind != "tied":
-                problems.append(f"{where} has no tensor {tensor.name}, which is in the store")
-            continue
-        different = [name for name in held if not _is_alike(tensor, source.tensors[name])]
-        for name in different:
-            spec = source.tensors[name].spec
-            problems.append(
-                f"{where} has tensor {name} as {spec.dtype.code} {list(spec.shape)}, the store as "
-                f"{tensor.dtype.code} {list(tensor.shape)}"
-            )
-        if not different and tensor.kind != "tied":
-            comparable.append(tensor)
-    problems += [
-        f"{where} has tensor {name}, which is not in the store"
-        for name in source.tensors
-        if name not in store.tensors
-    ]
-
-    def place_of(tensor: StoredTensor) -> tuple[str, int]:
-        names = (tensor.name, *heads.get(tensor.name, ()))
-        place = next(source.tensors[name] for name in names if name in source.tensors)
-        return place.path, place.offset
-
-    return sorted(comparable, key=place_of)
-
-
-def _is_alike(tensor: StoredTensor, place: TensorPlace) -> bool:
-    return place.spec.shape == tensor.shape and place.spec.dtype == tensor.dtype
+    return sorted((tensor for tensor in store.manifest.tensors if tensor.blocks), key=place_of)
 
 
 def _compare_files(
-    store: Store, source: SourceCheckpoint, entries: Sequence[FileEntry], problems: list[str]
+    store: Store,
+    source: SourceCheckpoint,
+    entries: Sequence[FileEntry],
+    problems: list[str],
+    *,
+    is_cast: bool,
 ) -> int:
     """Compare side files by content, weights files by what they are put together from."""
     stored = {entry.path: entry for entry in entries}
@@ -350,11 +312,10 @@ def _compare_files(
         except CorruptionError as error:
             problems.append(f"step {source.step}: file {path}: {error}")
 
-    for file in source.weights_files:
-        # What else is in the file is not in the store, and the file cannot be had from it.
-        if file.parts is not None:
-            check(file.relative_path, partial(_is_made_of, store, file))
-    for name in source.side_files:
+    weights_files, side_files = kept_files(source, is_cast=is_cast)
+    for file in weights_files:
+        check(file.relative_path, partial(_is_made_of, store, file))
+    for name in side_files:
         path = Path(source.directory) / name
         forget(str(path))
         try:
@@ -370,25 +331,16 @@ def _compare_files(
 
 
 def _has_content(store: Store, data: bytes, entry: FileEntry) -> bool:
-    return entry.blob is not None and store.blob(entry.blob) == data
+    return entry.recipe is None and entry.blob is not None and store.blob(entry.blob) == data
 
 
 def _is_made_of(store: Store, file: WeightsFile, entry: FileEntry) -> bool:
     """Say whether the store puts a weights file together from the same parts."""
-    if entry.recipe is None or entry.size != file.size:
+    if entry != weights_entry(file, blob_name):
         return False
-    assert file.parts is not None
-    expected = [
-        ("tensor", part.tensor)
-        if part.literal is None
-        else ("blob", hashlib.sha256(part.literal).hexdigest())
-        for part in file.parts
-    ]
-    recipe = store.recipe(entry)
-    for kind, name in recipe:
-        if kind == "blob":
-            store.blob(name)  # is there, and has that checksum
-    return recipe == expected
+    for name in sorted(store.blobs_of([entry])):
+        store.blob(name)  # is there, and has that checksum
+    return True
 
 
 def _forget_frames(store: Store, row: int) -> None:

@@ -32,7 +32,7 @@ from relex_stream.errors import (
 )
 from relex_stream.freeing import KeptError, Remover, files_to_free, steps_to_free
 from relex_stream.hooks import run_hook
-from relex_stream.sources import open_checkpoint, parse_steps
+from relex_stream.sources import Naming, open_checkpoint, parse_steps
 from relex_stream.specs import Progress
 from relex_stream.store import Store
 from relex_stream.store.read import HEAD_NAME
@@ -48,6 +48,10 @@ class BuildOptions(TypedDict, total=False):
     """How steps are appended: arguments of `build_store`."""
 
     pattern: str | None
+    source: str
+    strip_prefix: str | None
+    map_names: Sequence[tuple[str, str]]
+    cast: str | None
     include_base: bool
     allow_nonfinite: bool
     seed: int
@@ -147,12 +151,6 @@ class Watch:
         self._progress = progress
         self._clock = clock or SystemClock()
         self._selection = parse_steps(options.steps) if options.steps is not None else None
-        self._arrivals = Arrivals(
-            checkpoints,
-            pattern=build_options.get("pattern"),
-            selection=self._selection,
-            settle_s=options.settle_s,
-        )
         self._done = _Done()
         self._to_verify: set[int] = set()
         self._kept: set[int] = set()
@@ -174,7 +172,7 @@ class Watch:
         """
         self._refuse_unsafe_deletion()
         started_s = self._active_s = self._clock.now().elapsed_s
-        self._check_base()
+        self._open_base()
         if self._options.dry_run:
             self._say_what_would_be_done()
             ended = "dry-run"
@@ -221,12 +219,30 @@ class Watch:
                 "--base-kept-elsewhere, or begin a store with --include-base"
             )
 
-    def _check_base(self) -> None:
+    def _open_base(self) -> None:
         base = open_checkpoint(self._base, 0)
         store = self._opened_store()
         if store is not None:
             check_base_layout(store, base)
         self._remover = Remover(self._checkpoints, base.weights_paths)
+        build = self._build_options
+        self._arrivals = Arrivals(
+            self._checkpoints,
+            pattern=build.get("pattern"),
+            selection=self._selection,
+            source=build.get("source", "auto"),
+            naming=Naming(
+                frozenset(base.tensors),
+                build.get("strip_prefix"),
+                tuple(build.get("map_names", ())),
+            ),
+            settle_s=self._options.settle_s,
+        )
+        if self._options.delete_ingested and build.get("cast") is not None:
+            self._warn(
+                "--as with --delete-ingested: F32 weights are rounded before they are stored, and "
+                "what is deleted cannot be had back as it was"
+            )
 
     def _opened_store(self) -> Store | None:
         there = (self._store_path / HEAD_NAME).exists()

@@ -74,14 +74,13 @@ def test_a_copy_with_old_times_is_not_old(look):
     assert look().is_settling
 
 
-def test_a_missing_mark_is_named_once_nothing_changes(look):
+def test_a_missing_mark_is_named_once_nothing_changes(tmp_path):
+    look = Look(tmp_path / "weights")
     write_model(look.directory, TENSORS)
-    (look.directory / "__0_0.distcp").touch()
     assert look().is_settling
-    assert look(30) == Arrival(
-        is_whole=False, lacks=f"{look.directory} lacks .metadata", idle_s=30.0
-    )
-    (look.directory / ".metadata").touch()
+    lacks = f"{look.directory} is not complete: no STABLE"
+    assert look(30) == Arrival(is_whole=False, lacks=lacks, idle_s=30.0)
+    (look.directory / "STABLE").touch()
     assert look().is_settling
     assert look(30).is_whole
 
@@ -105,7 +104,7 @@ def test_a_directory_without_weights_is_not_whole(look):
     look.directory.mkdir()
     (look.directory / "config.json").write_text(SIDE_FILES["config.json"])
     look()
-    assert "no model.safetensors" in look(30).lacks
+    assert "no weights" in look(30).lacks
 
 
 def test_a_refused_one_is_refused_until_it_changes(look):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from relex_stream import pagecache
 from relex_stream.comparing import BlockComparison, Comparison, compare_step
 from relex_stream.errors import MemoryLimitError, OptionError, SourceError
 from relex_stream.sources import open_checkpoint
-from relex_stream.specs import SourceCheckpoint
+from relex_stream.specs import Box, Piece, SourceCheckpoint, WeightsFile
 from relex_stream.store import Store, arrays
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 from tests.make_stores import build_store
@@ -141,16 +142,72 @@ def test_a_header_with_other_bytes_is_a_difference(tmp_path, run):
     assert problem == f"step 3: {copy}: file {path.name} differs from the one in the store"
 
 
-def test_tensors_that_are_not_comparable_are_named(tmp_path, run):
+@pytest.mark.parametrize("what", ["lacks tensor bias", "has tensor more", "expected BF16"])
+def test_a_checkpoint_of_another_model_is_one_problem(tmp_path, run, what):
     tensors = {name: raw(bits, "BF16") for name, bits in run.bits[STEP].items()}
-    tensors |= {"ids": IDS, "more": raw(np.zeros(3, np.uint16), "BF16")}
-    del tensors["bias"]
-    tensors["big.weight"] = raw(run.bits[STEP]["big.weight"].T.copy(), "BF16")
-    problems = compare(run, write_model(tmp_path / "other", tensors)).problems
-    where = f"step 3: {tmp_path / 'other'}"
-    assert f"{where} has no tensor bias, which is in the store" in problems
-    assert f"{where} has tensor more, which is not in the store" in problems
-    assert f"{where} has tensor big.weight as BF16 [64, 37], the store as BF16 [37, 64]" in problems
+    tensors |= {"ids": IDS}
+    if what == "lacks tensor bias":
+        del tensors["bias"]
+    elif what == "has tensor more":
+        tensors["more"] = raw(np.zeros(3, np.uint16), "BF16")
+    else:
+        tensors["big.weight"] = raw(run.bits[STEP]["big.weight"].T.copy(), "BF16")
+    (problem,) = compare(run, write_model(tmp_path / "other", tensors)).problems
+    assert problem.startswith("step 3: ")
+    assert what in problem
+
+
+def test_weights_that_were_cast_are_compared_as_rounded(tmp_path):
+    run = made(tmp_path, "F32", "BF16", cast="bf16")
+    assert compare(run, run.directories[4], 4).problems == ()
+    at = open_checkpoint(run.directories[4], 4).tensors["big.weight"]
+    with Path(at.path).open("r+b") as file:
+        file.seek(at.offset)
+        file.write(np.array([1e9], np.float32).tobytes())
+    (problem,) = compare(run, run.directories[4], 4).problems
+    assert "tensor big.weight, block 0: 1 of 256 elements" in problem
+
+
+def split(run: Trajectory, place: Path, *, replica: bool) -> SourceCheckpoint:
+    """Return a checkpoint whose large tensor lies in two pieces, and perhaps in a third again."""
+    copy = copy_of(run, place)
+    opened = open_checkpoint(copy, STEP)
+    bits = run.bits[STEP]["big.weight"]
+    rows = {"low": bits[:20], "high": bits[20:], "again": bits[10:30]}
+    starts = {"low": 0, "high": 20, "again": 10}
+    boxes = {name: Box((starts[name], 0), part.shape) for name, part in rows.items()}
+    for name, part in rows.items():
+        (copy / name).write_bytes(part.tobytes())
+    pieces = {name: Piece(str(copy / name), 0, boxes[name]) for name in rows}
+    place_of = opened.tensors["big.weight"]._replace(pieces=(pieces["low"], pieces["high"]))
+    files = [
+        WeightsFile(name, (copy / name).stat().st_size, (copy / name).stat().st_mtime_ns, None)
+        for name in rows
+    ]
+    return SourceCheckpoint(
+        opened.step,
+        opened.directory,
+        {**opened.tensors, "big.weight": place_of},
+        (*opened.weights_files, *files),
+        opened.side_files,
+        (),
+        {"big.weight": (pieces["again"],)} if replica else {},
+    )
+
+
+@pytest.mark.parametrize(("name", "row"), [("low", 3), ("high", 25), ("again", 25)])
+def test_pieces_and_copies_of_them_are_compared(tmp_path, run, name, row):
+    source = split(run, tmp_path, replica=True)
+    store = Store(run.base.parent / "run.store")
+    assert compare_step(store, source).problems == ()
+    flip(Path(source.directory) / name, 2 * 64 * (row - {"low": 0, "high": 20, "again": 10}[name]))
+    files = tuple(
+        replace(file, modified_ns=(Path(source.directory) / file.relative_path).stat().st_mtime_ns)
+        for file in source.weights_files
+    )
+    (problem,) = compare_step(store, replace(source, weights_files=files)).problems
+    assert f"tensor big.weight, block {row * 64 // 256}: 1 of" in problem
+    assert problem.endswith(f"the first is element {row * 64}")
 
 
 @pytest.mark.parametrize("size", [(8, 16), (64, 64)], ids=["in a strip", "of several blocks"])
@@ -185,7 +242,8 @@ def test_damage_in_the_store_is_a_problem_and_no_error(tmp_path):
     assert "step 4, tensor big.weight, block 1" in problem
     config = store.commit(3).files
     blob = next(entry.blob for entry in config if entry.path == "config.json")
-    header = next(name for entry in config if entry.recipe for kind, name in store.recipe(entry))
+    header = next(part.blob for entry in config if entry.recipe for part in store.recipe(entry))
+    assert header is not None
     assert blob is not None
     flip(store.blob_path(blob), 0)
     flip(store.blob_path(header), 30)

@@ -28,7 +28,7 @@ from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_ledger import Ledger, VerifiedFile
 from relex_stream.watching import BuildOptions, Watch, WatchOptions
 from tests.crash.runs import tiny_trajectory
-from tests.make_checkpoints import Trajectory
+from tests.make_checkpoints import Trajectory, make_trajectory, raw, round_to, write_model
 from tests.test_export import digests
 
 Act = Callable[[], object]
@@ -275,7 +275,7 @@ def test_a_pattern_names_other_directories(run):
 
 def test_several_kinds_of_checkpoints_are_an_error(run):
     run.arrive(1)
-    (run.checkpoints / "checkpoint-2").mkdir()
+    shutil.copytree(run.directory(1), run.checkpoints / "checkpoint-2")
     with pytest.raises(SourceError, match="several kinds"):
         run.watch()
 
@@ -662,8 +662,6 @@ def test_a_deletion_that_was_cut_short_is_finished(run, monkeypatch, tmp_path_fa
 
 
 def tiny_sharded(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
-    from tests.make_checkpoints import make_trajectory
-
     return make_trajectory(
         tmp_path_factory.mktemp("sharded"),
         steps=(1, 2),
@@ -784,6 +782,31 @@ def test_the_hook_is_run_after_each_step(run):
     assert out.read_text().splitlines() == [
         f"{step} {run.store} {run.directory(step)} 1" for step in (1, 2)
     ]
+
+
+def test_other_names_and_a_cast_are_those_of_the_build(run, tmp_path):
+    made = make_trajectory(
+        tmp_path, steps=(1, 2), dtype="F32", base_dtype="BF16", tensors={"a": (30, 10), "b": (30,)}
+    )
+    for step in made.steps:
+        tensors = {f"wrapped.x{n}": raw(bits, "F32") for n, bits in made.bits[step].items()}
+        write_model(made.directories[step], tensors)
+    run.made, run.base, run.checkpoints = made, made.base, made.checkpoints
+    build: BuildOptions = {
+        "source": "safetensors",
+        "strip_prefix": "wrapped.",
+        "map_names": (("^x", ""),),
+        "cast": "bf16",
+        "workers": 1,
+    }
+    with pytest.warns(RelexStreamWarning, match="what is deleted cannot be had back as it was"):
+        summary = run.watch(build=build, delete_ingested=True, steps="1:2")
+    assert summary.steps_verified == (1, 2)
+    assert summary.steps_deleted == (1,)
+    store = rs.open_store(run.store, base=made.base)
+    for step in made.steps:
+        expected = round_to(made.values(step, "a"), "BF16")
+        assert (store.checkpoint_bits("a", step) == expected).all()
 
 
 def test_a_hook_that_fails_does_not_end_the_watch(run):

@@ -19,6 +19,9 @@ def watch(
     *,
     pattern: str | None = None,
     steps: str | None = None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
     settle_s: float = 30.0,
     poll_s: float = 10.0,
     give_up_s: float | None = None,
@@ -36,6 +39,7 @@ def watch(
     include_base: bool = False,
     allow_nonfinite: bool = False,
     seed: int = 0,
+    cast: str | None = None,
     on_event: Callable[[WatchEvent], None] | None = None,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
@@ -52,6 +56,8 @@ def watch(
         As in `build_store`; `checkpoints` need not exist yet.
     pattern, steps
         As in `build_store`; steps need not exist yet.
+    source, strip_prefix, map_names
+        As in `build_store`.
     settle_s : float
     poll_s : float
         Seconds between two looks, where there is nothing to do.
@@ -79,8 +85,8 @@ def watch(
         ``RELEX_STREAM_VERIFIED`` (1 or 0).
     dry_run : bool
         Look once, tell what would be stored and deleted, and change nothing.
-    memory_limit, workers, include_base, allow_nonfinite, seed
-        As in `build_store`.
+    memory_limit, workers, include_base, allow_nonfinite, seed, cast
+        As in `build_store`. With `cast`, weights are compared as they were rounded.
     on_event : callable, optional
         Is given each `WatchEvent` as it happens.
     stop : threading.Event, optional
@@ -131,6 +137,10 @@ def watch(
         options=options,
         build_options={
             "pattern": pattern,
+            "source": source,
+            "strip_prefix": strip_prefix,
+            "map_names": map_names,
+            "cast": cast,
             "include_base": include_base,
             "allow_nonfinite": allow_nonfinite,
             "seed": seed,

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 @options.store_argument
 @options.pattern
 @options.steps
+@options.source
+@options.strip_prefix
+@options.map_names
 @options.memory_limit
 @options.workers
 @options.include_base
 @options.allow_nonfinite
 @options.seed
+@options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @options.cluster
 @options.common
 @click.pass_obj
@@ -38,11 +42,15 @@ def command(
     *,
     pattern: str | None,
     steps: str | None,
+    source: str,
+    strip_prefix: str | None,
+    map_names: tuple[tuple[str, str], ...],
     memory_limit: int | None,
     workers: int | None,
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -61,11 +69,15 @@ def command(
             store,
             pattern=pattern,
             steps=steps,
+            source=source,
+            strip_prefix=strip_prefix,
+            map_names=map_names,
             memory_limit=memory_limit,
             workers=workers,
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
             seed=seed,
+            cast=cast,
             scheduler=scheduler,
             local_cluster=local_cluster,
             progress=progress,

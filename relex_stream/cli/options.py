@@ -111,6 +111,28 @@ class NumberOr(click.ParamType[int | None]):
         return int(value)
 
 
+class NameMap(click.ParamType[tuple[str, str]]):
+    """A regular expression and its replacement, with ``=`` between."""
+
+    name = "map"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return the two."""
+        if isinstance(value, tuple):
+            return value
+        # A pattern may hold a "="; names of tensors do not.
+        pattern, equals, replacement = value.rpartition("=")
+        if not equals or not pattern:
+            self.fail(
+                rf"{value!r} is not PATTERN=REPLACEMENT, like '^model\.=transformer.'", param, ctx
+            )
+        return pattern, replacement
+
+
+NAME_MAP = NameMap()
+
 PATH = click.Path(path_type=Path)
 """A path as it is: whether it exists is for the library to say, once and in one wording."""
 
@@ -162,11 +184,17 @@ base = click.option(
     help="Where the base model is now, if not where the store says.",
 )
 
+
+def cast(help: str) -> Callable[[Function], Function]:  # noqa: A002
+    """Return the option ``--as``, which each command explains in its own words."""
+    return click.option("--as", "cast", type=click.Choice(["bf16"]), help=help)
+
+
 pattern = click.option(
     "--pattern",
     metavar="PATTERN",
     help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
-    "like 'epoch-{step}'.  [default: global_step_N, checkpoint-N, step_N or iter_N]",
+    "like 'epoch-{step}'.  [default: those of trainers: global_step_N, checkpoint-N, step_N, ...]",
 )
 
 steps = click.option(
@@ -174,6 +202,31 @@ steps = click.option(
     metavar="STEPS",
     help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
     "10:500:10, with commas between.  [default: all]",
+)
+
+source = click.option(
+    "--source",
+    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
+    default="auto",
+    show_default=True,
+    help="The format of the checkpoints; auto takes the first that all steps have.",
+)
+
+strip_prefix = click.option(
+    "--strip-prefix",
+    metavar="PREFIX",
+    help="What names of tensors in the checkpoints begin with and the base's do not, like "
+    "'app.model.'.  [default: found out]",
+)
+
+map_names = click.option(
+    "--map",
+    "map_names",
+    type=NAME_MAP,
+    multiple=True,
+    metavar="PATTERN=REPLACEMENT",
+    help="A regular expression and what replaces its matches in names of tensors in the "
+    "checkpoints, like '^transformer\\.=model.'. May be given several times.",
 )
 
 include_base = click.option(

@@ -32,6 +32,9 @@ SECONDS = click.FloatRange(min=0)
 @options.store_argument
 @options.pattern
 @options.steps
+@options.source
+@options.strip_prefix
+@options.map_names
 @click.option(
     "--settle",
     type=SECONDS,
@@ -104,6 +107,7 @@ SECONDS = click.FloatRange(min=0)
 @options.include_base
 @options.allow_nonfinite
 @options.seed
+@options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @options.memory_limit
 @options.workers
 @options.common

@@ -5,17 +5,19 @@ which bytes of which file are which tensor, and `CheckpointReader` fetches them.
 """
 
 from .checkpoint import open_checkpoint
-from .completion import missing_mark
-from .layout import FoundCheckpoints, StepSelection, find_checkpoints, list_steps, parse_steps
+from .layout import FoundCheckpoints, ListedSteps, find_checkpoints, list_steps
+from .naming import Naming
 from .reader import CheckpointReader
+from .steps import StepSelection, parse_steps
 
 __all__ = [
     "CheckpointReader",
     "FoundCheckpoints",
+    "ListedSteps",
+    "Naming",
     "StepSelection",
     "find_checkpoints",
     "list_steps",
-    "missing_mark",
     "open_checkpoint",
     "parse_steps",
 ]

@@ -30,7 +30,8 @@ def test_every_option_is_passed_on(api: FakeApi, run: Run) -> None:
         *("--base-kept-elsewhere", "--keep-every", "10", "--keep-last", "0", "--until", "75"),
         *("--once", "--idle-exit", "600", "--on-commit", "notify 'a b' $HOME", "--dry-run"),
         *("--include-base", "--allow-nonfinite", "--seed", "7", "--memory-limit", "512MiB"),
-        *("--workers", "3"),
+        *("--workers", "3", "--source", "dcp", "--strip-prefix", "app.", "--map", "^a=b"),
+        *("--as", "bf16"),
     )
     assert result.exit_code == 0, result.stderr
     ((name, arguments),) = api.calls
@@ -61,6 +62,10 @@ def test_every_option_is_passed_on(api: FakeApi, run: Run) -> None:
             "seed": 7,
             "memory_limit": 512 << 20,
             "workers": 3,
+            "source": "dcp",
+            "strip_prefix": "app.",
+            "map_names": (("^a", "b"),),
+            "cast": "bf16",
         },
     )
 
