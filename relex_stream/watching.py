@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,7 +22,6 @@ from relex_stream.build import build
 from relex_stream.comparing import compare_step
 from relex_stream.errors import (
     OptionError,
-    RelexStreamWarning,
     SourceError,
     StoreBusyError,
     TrajectoryError,
@@ -38,55 +34,12 @@ from relex_stream.store import Store
 from relex_stream.store.read import HEAD_NAME
 from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_ledger import Ledger, Verified
+from relex_stream.watch_options import BUILD_DEFAULTS, BuildOptions, WatchOptions
+from relex_stream.watch_telling import Done, Teller
 
 MOST_AT_ONCE = 16
 """Steps that one append takes: together they read the base once, but none is verified, and so no
 space is freed, before all of them are stored."""
-
-
-class BuildOptions(TypedDict, total=False):
-    """How steps are appended: arguments of `build_store`."""
-
-    pattern: str | None
-    source: str
-    strip_prefix: str | None
-    map_names: Sequence[tuple[str, str]]
-    cast: str | None
-    include_base: bool
-    allow_nonfinite: bool
-    seed: int
-    memory_limit: int | None
-    workers: int | None
-
-
-@dataclass(frozen=True)
-class WatchOptions:
-    """What is watched for, and what becomes of it; `relex_stream.api.watch` says more."""
-
-    steps: str | None = None
-    settle_s: float = 30.0
-    poll_s: float = 10.0
-    give_up_s: float | None = None
-    delete_ingested: bool = False
-    base_kept_elsewhere: bool = False
-    keep_every: int | None = None
-    keep_last: int = 1
-    until: int | None = None
-    once: bool = False
-    idle_exit_s: float | None = None
-    on_commit: Sequence[str] = ()
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("settle_s", "poll_s", "give_up_s", "idle_exit_s", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                option = name.removesuffix("_s").replace("_", "-")
-                raise OptionError(f"--{option} must be a number of 0 or more, not {value}")
-        for name in ("keep_every", "until"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
 
 
 class Clock(Protocol):
@@ -146,19 +99,17 @@ class Watch:
         self._store_path = store
         self._options = options
         self._build_options = build_options
-        self._tell_event = tell
         self._stop = stop
         self._progress = progress
         self._clock = clock or SystemClock()
+        self._teller = Teller(tell, lambda: self._clock.now().since_1970_s)
         self._selection = parse_steps(options.steps) if options.steps is not None else None
-        self._done = _Done()
+        self._done = Done()
         self._to_verify: set[int] = set()
         self._kept: set[int] = set()
         self._given_up: dict[int, Arrival] = {}
         self._alone_up_to = 0
         self._settling = False
-        self._said: set[tuple[int, str]] = set()
-        self._warned: set[str] = set()
         self._active_s = 0.0
         self._steps_seen: set[int] = set()
 
@@ -239,7 +190,7 @@ class Watch:
             settle_s=self._options.settle_s,
         )
         if self._options.delete_ingested and build.get("cast") is not None:
-            self._warn(
+            self._teller.warn(
                 "--as with --delete-ingested: F32 weights are rounded before they are stored, and "
                 "what is deleted cannot be had back as it was"
             )
@@ -294,7 +245,7 @@ class Watch:
             if step in known:
                 continue
             if step < last:
-                self._say(
+                self._teller.say(
                     step,
                     "left-out",
                     f"{directory} came when the store held a later step; to take it in, drop the "
@@ -323,19 +274,19 @@ class Watch:
         if give_up_s is not None and arrival.idle_s >= give_up_s:
             if step not in self._given_up:
                 self._given_up[step] = arrival
-                self._say(step, "given-up", arrival.lacks)
+                self._teller.say(step, "given-up", arrival.lacks)
             return True
-        self._say(step, "waiting", arrival.lacks)
+        self._teller.say(step, "waiting", arrival.lacks)
         return False
 
     def _append(self, steps: Sequence[int], ledger: Ledger) -> bool:
         """Append steps and verify them; say whether to go on at once."""
         before = self._opened_store()
-        settings: dict[str, Any] = {**_BUILD_DEFAULTS, **self._build_options}
+        settings: dict[str, Any] = {**BUILD_DEFAULTS, **self._build_options}
         began_s = self._clock.now().elapsed_s
         go_on = False
         try:
-            with self._warnings_said_once():
+            with self._teller.warnings_said_once():
                 build(
                     self._base,
                     self._checkpoints,
@@ -345,14 +296,14 @@ class Watch:
                     **settings,
                 )
         except StoreBusyError as error:
-            self._say(steps[0], "waiting", str(error))
+            self._teller.say(steps[0], "waiting", str(error))
         except (SourceError, TrajectoryError) as error:
             if len(steps) > 1:
                 # One of them is to blame: taken one by one, the others are not.
                 self._alone_up_to, go_on = steps[-1], True
             else:
                 self._arrivals.refuse(steps[0], str(error))
-                self._say(steps[0], "waiting", str(error))
+                self._teller.say(steps[0], "waiting", str(error))
         after = self._opened_store()
         known = set(before.steps) if before is not None else set()
         added = [step for step in after.steps if step not in known] if after is not None else []
@@ -366,13 +317,13 @@ class Watch:
     def _stored(self, store: Store, step: int, ledger: Ledger, append_s: float) -> None:
         """Verify a step that was appended just now, and tell of it."""
         self._to_verify.add(step)
-        event = self._event(step, "stored", **_sizes(store, step))
+        event = self._teller.event(step, "stored", **_sizes(store, step))
         self._done.add(event)
         if self._stop.is_set():
             # The next watch verifies it.
-            self._tell_event(replace(event, elapsed_s=append_s, message="not verified yet"))
+            self._teller.tell(replace(event, elapsed_s=append_s, message="not verified yet"))
         else:
-            self._tell_event(self._verified(store, event, ledger, append_s))
+            self._teller.tell(self._verified(store, event, ledger, append_s))
         if self._options.on_commit:
             source = self._checkpoints / store.commit(store.row_of(step)).source
             run_hook(
@@ -389,9 +340,9 @@ class Watch:
 
     def _verify_oldest(self, store: Store, ledger: Ledger) -> bool:
         step = min(self._to_verify)
-        event = self._verified(store, self._event(step, "verified"), ledger, 0.0)
+        event = self._verified(store, self._teller.event(step, "verified"), ledger, 0.0)
         if event.verified or event.problems:
-            self._tell_event(event)
+            self._teller.tell(event)
         return step not in self._to_verify
 
     def _verified(
@@ -415,7 +366,7 @@ class Watch:
                 progress=self._progress,
             )
         except SourceError as error:
-            self._say(step, "waiting", f"not verified: {error}")
+            self._teller.say(step, "waiting", f"not verified: {error}")
             return replace(event, elapsed_s=before_s, message=f"not verified: {error}")
         self._to_verify.discard(step)
         if comparison.problems:
@@ -425,7 +376,7 @@ class Watch:
             files = files_to_free(source, self._checkpoints)
             ledger.note(step, Verified(_records(store)[step], files))
             if self._options.delete_ingested and len(files) < len(source.weights_files):
-                self._warn(
+                self._teller.warn(
                     "weights files that also hold what is not stored, like the state of an "
                     f"optimizer, stay: {source.weights_paths[0]} and the like"
                 )
@@ -461,8 +412,8 @@ class Watch:
         try:
             nbytes = sum(self._remover.check(file) for file in verified.files)
             ledger.note(step, replace(verified, deleting=True))
-            self._tell_event(
-                self._event(
+            self._teller.tell(
+                self._teller.event(
                     step,
                     "deleting",
                     files=tuple(file.path for file in verified.files),
@@ -472,7 +423,7 @@ class Watch:
             freed = sum(self._remover.remove(file) for file in verified.files)
         except KeptError as error:
             self._kept.add(step)
-            self._warn(f"step {step} stays where it is: {error}")
+            self._teller.warn(f"step {step} stays where it is: {error}")
             return
         ledger.strike(step)
         self._done.deleted.append(step)
@@ -497,7 +448,7 @@ class Watch:
             return "idle"
         return None
 
-    # --- saying ---------------------------------------------------------------------------------
+    # --- a dry run ------------------------------------------------------------------------------
 
     def _say_what_would_be_done(self) -> None:
         store = self._opened_store()
@@ -506,9 +457,9 @@ class Watch:
         ready = self._ready(present, stored)
         if self._settling:
             step = next(step for step in present if step > max((*stored, *ready, 0)))
-            self._say(step, "waiting", f"{present[step]} changed a moment ago")
+            self._teller.say(step, "waiting", f"{present[step]} changed a moment ago")
         for step in ready:
-            self._tell_event(self._event(step, "would-store"))
+            self._teller.tell(self._teller.event(step, "would-store"))
         if not self._options.delete_ingested:
             return
         there = []
@@ -529,82 +480,12 @@ class Watch:
             try:
                 nbytes = sum(self._remover.check(file) for file in files[step])
             except KeptError as error:
-                self._warn(f"step {step} would stay where it is: {error}")
+                self._teller.warn(f"step {step} would stay where it is: {error}")
                 continue
             names = tuple(file.path for file in files[step])
-            self._tell_event(self._event(step, "would-delete", files=names, bytes_deleted=nbytes))
-
-    def _event(self, step: int, kind: str, **fields: Any) -> WatchEvent:
-        now = datetime.fromtimestamp(self._clock.now().since_1970_s).astimezone()
-        return WatchEvent(now.isoformat(timespec="seconds"), kind, step, **fields)
-
-    def _say(self, step: int, kind: str, message: str) -> None:
-        """Tell something of a step once."""
-        if (step, message) not in self._said or kind == "given-up":
-            self._said.add((step, message))
-            self._tell_event(self._event(step, kind, message=message))
-
-    def _warn(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, RelexStreamWarning, stacklevel=2)
-
-    @contextmanager
-    def _warnings_said_once(self) -> Iterator[None]:
-        """Let what builds warn of through once: each of very many would say the same."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", RelexStreamWarning)
-            try:
-                yield
-            finally:
-                texts = [str(warning.message) for warning in caught]
-        for text in texts:
-            self._warn(text)
-
-
-@dataclass
-class _Done:
-    """What a watch did so far."""
-
-    added: list[int] = field(default_factory=list)
-    verified: list[int] = field(default_factory=list)
-    differing: list[int] = field(default_factory=list)
-    deleted: list[int] = field(default_factory=list)
-    bytes_in: int = 0
-    bytes_stored: int = 0
-    bytes_deleted: int = 0
-
-    def add(self, event: WatchEvent) -> None:
-        self.added.append(event.step)
-        self.bytes_in += event.bytes_in
-        self.bytes_stored += event.bytes_stored
-
-    def summary(
-        self, *, store: str, ended: str, given_up: tuple[int, ...], elapsed_s: float
-    ) -> WatchSummary:
-        return WatchSummary(
-            store=store,
-            ended=ended,
-            steps_added=tuple(self.added),
-            steps_verified=tuple(self.verified),
-            steps_differing=tuple(self.differing),
-            steps_deleted=tuple(self.deleted),
-            steps_given_up=given_up,
-            bytes_in=self.bytes_in,
-            bytes_stored=self.bytes_stored,
-            bytes_deleted=self.bytes_deleted,
-            elapsed_s=elapsed_s,
-        )
-
-
-_BUILD_DEFAULTS: BuildOptions = {
-    "pattern": None,
-    "include_base": False,
-    "allow_nonfinite": False,
-    "seed": 0,
-    "memory_limit": None,
-    "workers": None,
-}
+            self._teller.tell(
+                self._teller.event(step, "would-delete", files=names, bytes_deleted=nbytes)
+            )
 
 
 def _records(store: Store | None) -> dict[int, str]:

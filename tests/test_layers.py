@@ -174,9 +174,11 @@ ROOMS = {
     "watch_ledger": Room({"paths"}),
     "freeing": Room({"watch_ledger"}),
     "hooks": Room(),
+    "watch_options": Room(pure=True),
+    "watch_telling": Room(pure=True),
     "watching": Room(
         {"arrivals", "base_weights", "build", "comparing", "freeing", "hooks", "sources", "store"}
-        | {"watch_ledger"},
+        | {"watch_ledger", "watch_options", "watch_telling"},
         {"numpy"},
     ),
     "store_info": Room({"store"}, {"numpy"}),
@@ -202,6 +204,7 @@ ROOMS = {
             "request",
             "store_info",
             "verification",
+            "watch_options",
             "watching",
             "opened",
         },

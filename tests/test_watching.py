@@ -26,7 +26,8 @@ from relex_stream.sources import open_checkpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_ledger import Ledger, VerifiedFile
-from relex_stream.watching import BuildOptions, Watch, WatchOptions
+from relex_stream.watch_options import BuildOptions, WatchOptions
+from relex_stream.watching import Watch
 from tests.crash.runs import tiny_trajectory
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, round_to, write_model
 from tests.test_export import digests
@@ -786,9 +787,15 @@ def test_the_hook_is_run_after_each_step(run):
 
 def test_other_names_and_a_cast_are_those_of_the_build(run, tmp_path):
     made = make_trajectory(
-        tmp_path, steps=(1, 2), dtype="F32", base_dtype="BF16", tensors={"a": (30, 10), "b": (30,)}
+        tmp_path,
+        steps=(1, 2),
+        dtype="F32",
+        base_dtype="BF16",
+        tensors={"a": (30, 10), "b": (30,)},
+        change_share=0.3,
     )
     for step in made.steps:
+        shutil.rmtree(made.directories[step])
         tensors = {f"wrapped.x{n}": raw(bits, "F32") for n, bits in made.bits[step].items()}
         write_model(made.directories[step], tensors)
     run.made, run.base, run.checkpoints = made, made.base, made.checkpoints

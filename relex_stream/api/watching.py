@@ -9,7 +9,8 @@ from pathlib import Path
 from relex_stream.api.arguments import AnyPath
 from relex_stream.specs import Progress
 from relex_stream.summaries import WatchEvent, WatchSummary
-from relex_stream.watching import Watch, WatchOptions
+from relex_stream.watch_options import WatchOptions
+from relex_stream.watching import Watch
 
 
 def watch(

@@ -21,6 +21,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
         *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
+        *("--source", "dcp", "--strip-prefix", "app.", "--map", "^a=b", "--map", "c=d"),
     )
     assert result.exit_code == 0, result.stderr
     assert api.calls == [
@@ -32,6 +33,9 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "store": Path("run.store"),
                 "pattern": "epoch-{step}",
                 "steps": "1:75:5,80",
+                "source": "dcp",
+                "strip_prefix": "app.",
+                "map_names": (("^a", "b"), ("c", "d")),
                 "memory_limit": 512 << 20,
                 "workers": 3,
                 "include_base": True,
