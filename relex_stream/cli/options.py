@@ -226,7 +226,7 @@ map_names = click.option(
     multiple=True,
     metavar="PATTERN=REPLACEMENT",
     help="A regular expression and what replaces its matches in names of tensors in the "
-    "checkpoints, like '^transformer\\.=model.'. May be given several times.",
+    "checkpoints, like '^transformer[.]=model.'. May be given several times.",
 )
 
 include_base = click.option(
