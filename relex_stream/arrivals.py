@@ -153,6 +153,11 @@ class Arrivals:
         if step in self._seen:
             self._seen[step].refused = reason
 
+    def pardon(self) -> None:
+        """Take none for broken any more: what they did not fit has changed."""
+        for seen in self._seen.values():
+            seen.refused = ""
+
     def _look_at_files(self, step: int, directory: Path, now: Moment) -> _Seen:
         files, changed_s = _files_below(directory)
         seen = self._seen.get(step)

@@ -32,6 +32,7 @@ from relex_stream.sources import Naming, open_checkpoint, parse_steps
 from relex_stream.specs import Progress
 from relex_stream.store import Store
 from relex_stream.store.read import HEAD_NAME
+from relex_stream.store.records import RecordName
 from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_ledger import Ledger, Verified
 from relex_stream.watch_options import BUILD_DEFAULTS, BuildOptions, WatchOptions
@@ -112,6 +113,7 @@ class Watch:
         self._settling = False
         self._active_s = 0.0
         self._steps_seen: set[int] = set()
+        self._commits: tuple[RecordName, ...] = ()
 
     def run(self) -> WatchSummary:
         """Watch until there is a reason to end; return what was done.
@@ -218,6 +220,9 @@ class Watch:
         if self._stop.is_set():
             return False
         store = self._opened_store()
+        if store is not None and store.head.commits != self._commits:
+            self._commits = store.head.commits
+            self._arrivals.pardon()
         present = self._arrivals.steps()
         if present.keys() - self._steps_seen:
             self._steps_seen |= present.keys()
@@ -282,6 +287,7 @@ class Watch:
     def _append(self, steps: Sequence[int], ledger: Ledger) -> bool:
         """Append steps and verify them; say whether to go on at once."""
         before = self._opened_store()
+        again = self._last_again(before)
         settings: dict[str, Any] = {**BUILD_DEFAULTS, **self._build_options}
         began_s = self._clock.now().elapsed_s
         go_on = False
@@ -291,7 +297,7 @@ class Watch:
                     self._base,
                     self._checkpoints,
                     self._store_path,
-                    steps=",".join(map(str, steps)),
+                    steps=",".join(map(str, (*again, *steps))),
                     progress=self._progress,
                     **settings,
                 )
@@ -302,7 +308,9 @@ class Watch:
                 # One of them is to blame: taken one by one, the others are not.
                 self._alone_up_to, go_on = steps[-1], True
             else:
-                self._arrivals.refuse(steps[0], str(error))
+                if isinstance(error, TrajectoryError):
+                    # Reading it again would find the same.
+                    self._arrivals.refuse(steps[0], str(error))
                 self._teller.say(steps[0], "waiting", str(error))
         after = self._opened_store()
         known = set(before.steps) if before is not None else set()
@@ -313,6 +321,16 @@ class Watch:
             self._stored(after, step, ledger, each_s)
             self._free(ledger)
         return go_on or bool(added)
+
+    def _last_again(self, store: Store | None) -> tuple[int, ...]:
+        """Return the last stored step if it is there: a build sees whether the run forked."""
+        if store is None or not store.steps:
+            return ()
+        try:
+            self._arrivals.open(store.steps[-1])
+        except SourceError:
+            return ()
+        return store.steps[-1:]
 
     def _stored(self, store: Store, step: int, ledger: Ledger, append_s: float) -> None:
         """Verify a step that was appended just now, and tell of it."""

@@ -334,7 +334,7 @@ def test_a_bad_step_is_not_read_again_until_it_changes(run, monkeypatch):
         run.arrive(2)
 
     run.watch(*[lambda: None] * 20, mend, *[lambda: None] * 5, until=2)
-    assert built == ["1,2", "1", "2", "2"]
+    assert built == ["1,2", "1", "1,2", "1,2"]
 
 
 def test_a_step_that_is_gone_on_the_way_is_not_the_end(run, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_step_that_is_gone_on_the_way_is_not_the_end(run, monkeypatch):
     build = watching.build
 
     def rotate(*paths: Path, steps: str, **options: Any) -> Any:
-        if steps == "1,2" and run.directory(1).exists():
+        if run.directory(1).exists():
             shutil.rmtree(run.directory(1).parent)
         return build(*paths, steps=steps, **options)
 
@@ -395,6 +395,37 @@ def test_a_base_that_cannot_be_included_any_more_is_warned_of_once(run):
         run.watch(*acts, until=3, build={"include_base": True, "workers": 1})
     assert len([w for w in caught if "--include-base is left out" in str(w.message)]) == 1
     assert run.stored == (1, 2, 3)
+
+
+def test_a_run_that_forked_is_not_followed_until_its_steps_are_dropped(run):
+    run.arrive(1, 2)
+    run.watch()
+    # Taken up again at step 1: other weights, under the same number.
+    shutil.rmtree(run.directory(2).parent)
+    shutil.copytree(run.made.directories[4].parent, run.directory(2).parent)
+    run.arrive(3)
+    acts = [*[lambda: None] * 20, lambda: rs.drop(run.store, after=1), *[lambda: None] * 9]
+    summary = run.watch(*acts, until=3)
+    (event,) = [event for event in run.events if event.kind == "waiting"]
+    assert event.step == 3
+    assert "a fork" in event.message
+    assert summary.steps_added == (2, 3)
+    assert run.stored == (1, 2, 3)
+
+
+def test_what_could_not_be_read_once_is_read_again(run, monkeypatch):
+    run.arrive(1)
+    build, calls = watching.build, []
+
+    def at_second_try(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == 1:
+            raise SourceError("the network is down")
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(watching, "build", at_second_try)
+    assert run.watch(*[lambda: None] * 9, until=1).steps_added == (1,)
+    assert run.told("waiting") == [1]
 
 
 # --- verifying -----------------------------------------------------------------------------------

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 @options.allow_nonfinite
 @options.seed
 @options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
+@click.option(
+    "--replace-from",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
+    "was taken up again.",
+)
 @options.cluster
 @options.common
 @click.pass_obj
@@ -51,6 +58,7 @@ def command(
     allow_nonfinite: bool,
     seed: int,
     cast: str | None,
+    replace_from: int | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -78,6 +86,7 @@ def command(
             allow_nonfinite=allow_nonfinite,
             seed=seed,
             cast=cast,
+            replace_from=replace_from,
             scheduler=scheduler,
             local_cluster=local_cluster,
             progress=progress,

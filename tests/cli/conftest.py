@@ -7,7 +7,7 @@ import json
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -415,28 +415,9 @@ class FakeApi(types.ModuleType):
             progress.finish()
         return self.results[name]
 
-    def build_store(
-        self,
-        base: str | Path,
-        checkpoints: str | Path,
-        store: str | Path,
-        *,
-        pattern: str | None = None,
-        steps: str | None = None,
-        source: str = "auto",
-        strip_prefix: str | None = None,
-        map_names: Sequence[tuple[str, str]] = (),
-        memory_limit: int | None = None,
-        workers: int | None = None,
-        include_base: bool = False,
-        allow_nonfinite: bool = False,
-        seed: int = 0,
-        cast: str | None = None,
-        scheduler: str | Path | None = None,
-        local_cluster: int | None = None,
-        progress: Progress | None = None,
-    ) -> BuildSummary:
-        return self._run("build_store", locals())
+    def build_store(self, base: Path, checkpoints: Path, store: Path, **asked: Any) -> BuildSummary:
+        places = {"base": base, "checkpoints": checkpoints, "store": store}
+        return self._run("build_store", {"self": self, **places, **asked})
 
     def analyze(self, store: Path, **asked: Any) -> AnalyzeSummary:
         return self._run("analyze", {"self": self, "store": store, **asked})
