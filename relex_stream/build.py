@@ -25,7 +25,7 @@ from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, Tr
 from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
-from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
+from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
     CheckpointReader,
@@ -35,7 +35,6 @@ from relex_stream.sources import (
     open_checkpoint,
     parse_steps,
 )
-from relex_stream.sources.checkpoint import INDEX_FILE
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
@@ -340,16 +339,9 @@ def _keep_files(
     writer: StoreWriter, checkpoint: SourceCheckpoint, *, is_cast: bool = False
 ) -> tuple[FileEntry, ...]:
     """Keep recipes of weights files that can be put together again, and the side files."""
-    entries = []
-    if not is_cast:
-        entries = [
-            writer.put_weights_file(file)
-            for file in checkpoint.weights_files
-            if file.parts is not None
-        ]
-    for name in checkpoint.side_files:
-        if is_cast and name == INDEX_FILE:
-            continue  # of files that cannot come back
+    weights_files, side_files = kept_files(checkpoint, is_cast=is_cast)
+    entries = [writer.put_weights_file(file) for file in weights_files]
+    for name in side_files:
         path = Path(checkpoint.directory) / name
         try:
             data = path.read_bytes()

@@ -121,7 +121,7 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
-    "matching": Room({"pieces", "ulp", "store"}, {"numpy"}),
+    "matching": Room({"pieces", "sources", "ulp", "store"}, {"numpy"}),
     "source_blocks": Room(
         {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
     ),
@@ -169,6 +169,21 @@ ROOMS = {
         | {"methods", "mixing", "model_writes", "nested", "request"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
+    "comparing": Room(
+        BELOW_STAGES | {"matching", "pagecache", "source_blocks", "warmup"}, {"numpy"}
+    ),
+    # Following a run.
+    "arrivals": Room({"sources"}),
+    "watch_ledger": Room({"paths"}),
+    "freeing": Room({"watch_ledger"}),
+    "hooks": Room(),
+    "watch_options": Room(pure=True),
+    "watch_telling": Room(pure=True),
+    "watching": Room(
+        {"arrivals", "base_weights", "build", "comparing", "freeing", "hooks", "sources", "store"}
+        | {"watch_ledger", "watch_options", "watch_telling"},
+        {"numpy"},
+    ),
     "store_info": Room({"store"}, {"numpy"}),
     # The only room that draws.
     "reporting": Room(
@@ -192,6 +207,8 @@ ROOMS = {
             "request",
             "store_info",
             "verification",
+            "watch_options",
+            "watching",
             "opened",
         },
         {"numpy"},
@@ -199,6 +216,8 @@ ROOMS = {
     "demo": Room(
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
+    # For trainers, which bring their packages; what they need of us runs in another process.
+    "integrations": Room({"store"}, {"transformers"}),
     # The only room that prints.
     "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),

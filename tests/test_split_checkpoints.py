@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, safe_open
 
 import relex_stream as rs
 from relex_stream import source_blocks
+from relex_stream.errors import RelexStreamWarning
 from tests.make_stores import build_store
 from tests.torch_writers.runs import STEPS
 
@@ -288,3 +291,85 @@ def test_constants_come_through_pieces(stores, tmp_path):
     np.testing.assert_array_equal(
         opened.checkpoint_bits("model.ids", 5).view(np.int64), np.arange(5)
     )
+
+
+def weights_of(path):
+    names = ("model_world_size_*", "*.distcp", "*.safetensors")
+    return sorted(file for name in names for file in path.rglob(name))
+
+
+@pytest.mark.parametrize("layout", COME_BACK)
+def test_a_watch_verifies_pieces_and_deletes_the_files_that_come_back(runs, tmp_path, layout):
+    shutil.copytree(runs / layout, tmp_path / "run")
+    before = digests(tmp_path / "run")
+    summary = rs.watch(
+        *(runs / "base", tmp_path / "run", tmp_path / "store"),
+        settle_s=0,
+        once=True,
+        include_base=True,
+        delete_ingested=True,
+    )
+    assert summary.steps_added == summary.steps_verified == STEPS
+    assert summary.steps_deleted == STEPS[:-1]
+    last = tmp_path / "run" / PLACES[layout].format(STEPS[-1])
+    assert weights_of(tmp_path / "run") == weights_of(last) != []
+    gone = {name: sha for name, sha in before.items() if not (tmp_path / "run" / name).exists()}
+    for step in STEPS[:-1]:
+        rs.export(tmp_path / "store", tmp_path / f"{step}", step=step)
+        place = PLACES[layout].format(step)
+        back = {f"{place}/{name}": sha for name, sha in digests(tmp_path / f"{step}").items()}
+        assert {
+            name: sha for name, sha in gone.items() if name.startswith(f"{place}/")
+        }.items() <= (back.items())
+
+
+def test_a_watch_leaves_files_that_hold_the_state_of_an_optimizer(runs, tmp_path):
+    shutil.copytree(runs / "dcp_with_state", tmp_path / "run")
+    before = digests(tmp_path / "run")
+    with pytest.warns(RelexStreamWarning, match="the state of an optimizer, stay"):
+        summary = rs.watch(
+            *(runs / "base", tmp_path / "run", tmp_path / "store"),
+            settle_s=0,
+            once=True,
+            include_base=True,
+            delete_ingested=True,
+        )
+    assert summary.steps_verified == STEPS
+    assert digests(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "dcp", "split"])
+def test_a_watch_finds_a_bit_that_differs_in_any_piece(runs, tmp_path, layout):
+    shutil.copytree(runs / layout, tmp_path / "run")
+    rs.build_store(runs / "base", tmp_path / "run", tmp_path / "store", steps="1")
+    for number, path in enumerate(weights_of(tmp_path / "run" / PLACES[layout].format(1))):
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        place = weight_in(path, layout)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        (tmp_path / "store.watch").unlink(missing_ok=True)
+        summary = rs.watch(
+            *(runs / "base", tmp_path / "run", tmp_path / "store"),
+            steps="1",
+            settle_s=0,
+            once=True,
+        )
+        assert summary.steps_differing == (1,), number
+        path.write_bytes(data)
+
+
+def weight_in(path, layout):
+    """Return the place of a byte of a tensor in a file: its largest run of bytes that are not 0."""
+    data = path.read_bytes()
+    if layout == "split":
+        return len(data) - 3
+    start = data.index(b"PK\3\4")
+    with (
+        zipfile.ZipFile(path)
+        if layout != "dcp"
+        else zipfile.ZipFile(io.BytesIO(data[start:])) as archive
+    ):
+        entries = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+        largest = max(entries, key=lambda entry: entry.file_size)
+        return start + data[start:].index(archive.read(largest)) + 1
