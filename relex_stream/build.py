@@ -21,6 +21,7 @@ import numpy as np
 from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
+from relex_stream.cast_savings import cast_savings
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
 from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
@@ -47,7 +48,7 @@ from relex_stream.store.records import (
     StoredTensor,
     place_tensors,
 )
-from relex_stream.summaries import BuildSummary, Plan, StagePlan
+from relex_stream.summaries import BuildSummary, CastSavings, Plan, StagePlan
 from relex_stream.warmup import warm_up_encoding
 
 
@@ -177,6 +178,7 @@ def build(
         assert finished is not None
         return _summary(
             finished,
+            savings=cast_savings(finished, places, reader),
             layout=found.layout,
             added=added,
             skipped=skipped,
@@ -585,6 +587,7 @@ class _Job:
 def _summary(
     store: Store,
     *,
+    savings: CastSavings | None,
     layout: str,
     added: Sequence[_Added],
     skipped: tuple[int, ...],
@@ -614,6 +617,7 @@ def _summary(
         changed_weights=changed,
         bits_per_changed_weight=8 * frame_bytes / changed if changed else 0.0,
         skipped_files=tuple(sorted({name for place in places for name in place.skipped_files})),
+        cast_savings=savings,
         peak_memory_bytes=peak_bytes,
         elapsed_s=elapsed_s,
         plan=plan,

@@ -114,6 +114,12 @@ def describe(summary: BuildSummary, *, verbose: bool) -> list[str]:
         rows["ratio"] = wording.format_ratio(summary.ratio)
         rows["changed weights"] = f"{summary.changed_weights:,}"
         rows["bits per changed weight"] = wording.format_figure(summary.bits_per_changed_weight, 2)
+    if summary.cast_savings is not None:
+        wide, narrow = summary.cast_savings.f32_step_bytes, summary.cast_savings.bf16_step_bytes
+        rows["F32 weights"] = (
+            f"{wording.format_bytes(wide)} a step; in BF16 (--as bf16) about "
+            f"{wording.format_bytes(narrow)}"
+        )
     rows["peak memory"] = wording.format_bytes(summary.peak_memory_bytes)
     rows["elapsed"] = wording.format_duration(summary.elapsed_s)
     lines = wording.pairs(rows)
