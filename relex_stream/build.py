@@ -30,9 +30,10 @@ from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
     CheckpointReader,
-    FoundCheckpoints,
+    FoundRun,
     Naming,
-    find_checkpoints,
+    Phase,
+    find_run,
     open_checkpoint,
     parse_steps,
 )
@@ -69,6 +70,8 @@ def build(
     seed: int,
     cast: str | None = None,
     replace_from: int | None = None,
+    step_offset: int = 0,
+    then: Sequence[tuple[Path, int]] = (),
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -93,11 +96,13 @@ def build(
     if scheduler is not None or local_cluster is not None:
         # Workers have working directories of their own.
         base, checkpoints, store = base.absolute(), checkpoints.absolute(), store.absolute()
-    _refuse_overlap(base, checkpoints, store)
+        then = [(path.absolute(), offset) for path, offset in then]
+    _refuse_overlap(base, [checkpoints, *(path for path, _ in then)], store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
     naming = Naming(frozenset(base_checkpoint.tensors), strip_prefix, tuple(map_names))
-    found = find_checkpoints(checkpoints, pattern, selection, source)
+    phases = [Phase(checkpoints, step_offset), *(Phase(*phase) for phase in then)]
+    found = find_run(phases, pattern, selection, source, replace_from)
     with (
         StoreWriter(store) as writer,
         CheckpointReader() as reader,
@@ -203,9 +208,9 @@ def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str |
         machine.wanted_workers(workers)
 
 
-def _refuse_overlap(base: Path, checkpoints: Path, store: Path) -> None:
+def _refuse_overlap(base: Path, checkpoints: Sequence[Path], store: Path) -> None:
     inside = store.resolve()
-    for what, path in (("BASE", base), ("CHECKPOINTS", checkpoints)):
+    for what, path in (("BASE", base), *(("CHECKPOINTS", path) for path in checkpoints)):
         source = path.resolve()
         if inside == source:
             raise OptionError(
@@ -244,7 +249,7 @@ OpenStep = Callable[[Path, int], SourceCheckpoint]
 
 def _steps_to_add(
     writer: StoreWriter,
-    found: FoundCheckpoints,
+    found: FoundRun,
     open_step: OpenStep,
     reader: CheckpointReader,
     *,

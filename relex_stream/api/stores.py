@@ -41,6 +41,8 @@ def build_store(
     seed: int = 0,
     cast: str | None = None,
     replace_from: int | None = None,
+    step_offset: int = 0,
+    then: Sequence[tuple[AnyPath, int]] = (),
     scheduler: AnyPath | None = None,
     local_cluster: int | None = None,
     progress: Progress | None = None,
@@ -86,6 +88,11 @@ def build_store(
     replace_from : int, optional
         Take back the stored steps from this one on, and store those of `checkpoints` instead: those
         of a run that was taken up again before it.
+    step_offset : int
+        What is added to the numbers of the steps in `checkpoints`.
+    then : sequence of (path, int)
+        Further directories of checkpoints that continue the run, in order, each with what is added
+        to the numbers of its steps. `steps` and `replace_from` count in the sums.
     scheduler : str or path, optional
         Do the work on a dask.distributed cluster: the address of its scheduler
         (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
@@ -125,6 +132,8 @@ def build_store(
         seed=seed,
         cast=cast,
         replace_from=replace_from,
+        step_offset=step_offset,
+        then=[(Path(path), offset) for path, offset in then],
         scheduler=None if scheduler is None else os.fspath(scheduler),
         local_cluster=local_cluster,
         progress=progress,

@@ -38,6 +38,21 @@ if TYPE_CHECKING:
     help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
     "was taken up again.",
 )
+@click.option(
+    "--step-offset",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="What is added to the numbers of the steps in CHECKPOINTS.",
+)
+@click.option(
+    "--then",
+    type=(options.PATH, click.IntRange(min=0)),
+    multiple=True,
+    metavar="DIR OFFSET",
+    help="Another directory of checkpoints, which continues the run, and what is added to the "
+    "numbers of its steps. May be given several times.",
+)
 @options.cluster
 @options.common
 @click.pass_obj
@@ -59,6 +74,8 @@ def command(
     seed: int,
     cast: str | None,
     replace_from: int | None,
+    step_offset: int,
+    then: tuple[tuple[Path, int], ...],
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -87,6 +104,8 @@ def command(
             seed=seed,
             cast=cast,
             replace_from=replace_from,
+            step_offset=step_offset,
+            then=then,
             scheduler=scheduler,
             local_cluster=local_cluster,
             progress=progress,

@@ -22,6 +22,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
         *("--replace-from", "40", "--source", "dcp", "--strip-prefix", "app.model."),
         *("--map", "^a=b", "--map", "c=d=e"),
+        *("--step-offset", "3", "--then", "second", "200", "--then", "third", "300"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
     )
     assert result.exit_code == 0, result.stderr
@@ -44,6 +45,8 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "source": "dcp",
                 "strip_prefix": "app.model.",
                 "map_names": (("^a", "b"), ("c=d", "e")),
+                "step_offset": 3,
+                "then": ((Path("second"), 200), (Path("third"), 300)),
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
             },

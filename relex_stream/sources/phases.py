@@ -1,0 +1,133 @@
+"""Runs in phases: directories of checkpoints that follow one another, joined by their steps.
+
+A run that was taken up again in another directory often counts its steps from the start again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import SourceError, TrajectoryError
+from ..specs import SourceCheckpoint
+from .directories import summarise
+from .layout import FoundCheckpoints, find_checkpoints, list_steps
+from .naming import Naming
+from .steps import StepSelection
+
+
+class Phase(NamedTuple):
+    """A directory of checkpoints, and what is added to the numbers of its steps."""
+
+    directory: Path
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """Checkpoints of all phases of a run, in ascending order of their steps.
+
+    Attributes
+    ----------
+    layout : str
+        As in `FoundCheckpoints`; of all phases, if they differ.
+    checkpoints : tuple of (int, Path)
+        Step number in the run, and weights directory, as `open` takes it.
+    """
+
+    layout: str
+    checkpoints: tuple[tuple[int, Path], ...]
+    _found_in: Mapping[Path, FoundCheckpoints]
+
+    def open(self, path: Path, step: int, naming: Naming) -> SourceCheckpoint:
+        """Open one of the checkpoints, its tensors under the base's names.
+
+        Raises
+        ------
+        SourceError
+            If it is not what its format asks for.
+        """
+        return self._found_in[path].open(path, step, naming)
+
+
+def find_run(
+    phases: Sequence[Phase],
+    pattern: str | None = None,
+    steps: StepSelection | None = None,
+    source: str = "auto",
+    replace_from: int | None = None,
+) -> FoundRun:
+    """Find the checkpoints of a run that lie in one or several directories.
+
+    Parameters
+    ----------
+    phases : sequence of Phase
+        In the order in which they were trained.
+    pattern, source
+        As in `find_checkpoints`, for each of them.
+    steps : StepSelection, optional
+        Of the run's numbers, offsets added.
+    replace_from : int, optional
+        From this step on, what a later phase has counts and not what an earlier one has.
+
+    Returns
+    -------
+    FoundRun
+
+    Raises
+    ------
+    SourceError, OptionError
+        As in `find_checkpoints`.
+    TrajectoryError
+        If a phase does not begin behind the last step of those before it.
+    """
+    if len(phases) == 1 and phases[0].offset == 0:
+        found = find_checkpoints(phases[0].directory, pattern, steps, source)
+        return FoundRun(
+            found.layout, found.checkpoints, {path: found for _, path in found.checkpoints}
+        )
+    joined: dict[int, Path] = {}
+    found_in: dict[Path, FoundCheckpoints] = {}
+    there: list[int] = []
+    for phase in phases:
+        listed = list_steps(phase.directory, pattern, source=source).directories
+        there += [step + phase.offset for step in listed]
+        own = [step for step in listed if steps is None or steps.selects(step + phase.offset)]
+        if listed and not own:
+            continue
+        # As ranges: of steps named one by one each would have to be complete in every phase.
+        selection = StepSelection(ranges=tuple((step, step, 1) for step in own)) if own else None
+        found = find_checkpoints(phase.directory, pattern, selection, source)
+        here = {step + phase.offset: path for step, path in found.checkpoints}
+        joined = {**_kept(joined, here, phase, replace_from), **here}
+        found_in |= dict.fromkeys(here.values(), found)
+    missing = [step for step in (steps.explicit if steps else ()) if step not in joined]
+    if missing or not joined:
+        wanted = (
+            f"no checkpoint of step {summarise([*map(str, missing)])}" if missing else "no step"
+        )
+        places = ", ".join(str(phase.directory) for phase in phases)
+        raise SourceError(
+            f"{places}: {wanted} is selected; steps there: {summarise([*map(str, sorted(there))])}"
+        )
+    layouts = dict.fromkeys(found_in[path].layout for path in joined.values())
+    return FoundRun("; ".join(layouts), tuple(joined.items()), found_in)
+
+
+def _kept(
+    before: dict[int, Path], here: Mapping[int, Path], phase: Phase, replace_from: int | None
+) -> dict[int, Path]:
+    """Return the steps of earlier phases that stay; refuse those that `here` does not follow."""
+    if replace_from is not None:
+        before = {step: path for step, path in before.items() if step < replace_from}
+    first = min(here)
+    last = max(before, default=0)
+    if first <= last:
+        raise TrajectoryError(
+            f"{phase.directory} begins at step {first}, with {phase.offset} added, but "
+            f"{before[last]} is step {last} already (a fork): give --replace-from {first} to leave "
+            "out what is there from that step on, or another offset"
+        )
+    return before
