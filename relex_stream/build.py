@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ from relex_stream.store.records import (
 )
 from relex_stream.summaries import BuildSummary, Plan, StagePlan
 from relex_stream.warmup import warm_up_encoding
+
+_Place = TypeVar("_Place")
 
 
 def build(
@@ -95,7 +97,7 @@ def build(
     ):
         committed = writer.store
         stored_steps = committed.steps if committed else ()
-        todo, skipped = _split_found(found.checkpoints, stored_steps)
+        todo, skipped = split_found(found.checkpoints, stored_steps)
         opened: Iterator[SourceCheckpoint] = (open_checkpoint(path, step) for step, path in todo)
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
@@ -185,9 +187,9 @@ def _refuse_overlap(base: Path, checkpoints: Path, store: Path) -> None:
         raise OptionError(f"STORE {store} lies inside BASE {base}; name a place outside it")
 
 
-def _split_found(
-    found: Sequence[tuple[int, Path]], stored: tuple[int, ...]
-) -> tuple[list[tuple[int, Path]], tuple[int, ...]]:
+def split_found(
+    found: Sequence[tuple[int, _Place]], stored: tuple[int, ...]
+) -> tuple[list[tuple[int, _Place]], tuple[int, ...]]:
     """Split what was found into steps to add and steps stored already; warn of what is neither."""
     known = set(stored)
     last = stored[-1] if stored else -1

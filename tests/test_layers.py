@@ -80,6 +80,7 @@ ROOMS = {
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
     "paths": Room(),
+    "urls": Room({"paths"}, pure=True),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
     "sources": Room({"paths", "pagecache"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
@@ -168,6 +169,12 @@ ROOMS = {
         | {"skill", "store_info", "subspaces", "wording"},
         {"matplotlib", "numpy"},
     ),
+    # Checkpoints that come one by one and may go; those of the Hub.
+    "feeds": Room({"build", "store"}),
+    "hub": Room(
+        {"_version", "build", "feeds", "paths", "sources", "store", "urls", "wording"},
+        {"huggingface_hub"},
+    ),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
@@ -178,10 +185,12 @@ ROOMS = {
             "build",
             "exporting",
             "grid",
+            "hub",
             "models",
             "reporting",
             "request",
             "store_info",
+            "urls",
             "verification",
             "opened",
         },
@@ -191,7 +200,7 @@ ROOMS = {
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
     # The only room that prints.
-    "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
+    "cli": Room({"_version", "api", "demo", "urls", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),
     "__main__": Room({"cli"}),
 }

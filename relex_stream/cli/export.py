@@ -36,7 +36,7 @@ def command(
     out: Path,
     *,
     step: int,
-    base: Path | None,
+    base: Path | str | None,
     memory_limit: int | None,
     workers: int | None,
 ) -> None:

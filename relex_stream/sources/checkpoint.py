@@ -173,7 +173,11 @@ def recognise_weights(directory: Path) -> tuple[str, str] | None:
     tuple of str or None
         What they are, with names of files, and what to do about it as an imperative clause.
     """
-    names = list_names(directory) if directory.is_dir() else []
+    return recognise_names(list_names(directory) if directory.is_dir() else [])
+
+
+def recognise_names(names: list[str]) -> tuple[str, str] | None:
+    """Recognise weights by the names of files in a directory, as `recognise_weights` does."""
     for pattern, kind, remedy in _OTHER_WEIGHTS:
         matches = fnmatch.filter(names, pattern)
         if matches:
@@ -226,7 +230,7 @@ def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
             f"{directory}: no safetensors weights: looked for {SINGLE_FILE} and {INDEX_FILE}, "
             f"found {found}; {remedy}"
         )
-    shards = _read_index(directory / INDEX_FILE)
+    shards = read_index(directory / INDEX_FILE)
     missing = [shard for shard in sorted(set(shards.values())) if not (directory / shard).is_file()]
     if missing and single:
         return None
@@ -247,8 +251,14 @@ def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
     return shards
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Return the weight map of an index file: tensor names to names of files, existing or not."""
+def read_index(path: Path) -> dict[str, str]:
+    """Return the weight map of an index file: tensor names to names of files, existing or not.
+
+    Raises
+    ------
+    SourceError
+        If it is not a regular file, is malformed, or names a file that is not beside it.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_HEADER_BYTES:
@@ -312,7 +322,7 @@ def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tup
             continue
         if not stat.S_ISREG(status.st_mode):
             continue
-        if status.st_size > MAX_SIDE_FILE_BYTES or _is_skipped(name):
+        if not is_kept(name, status.st_size):
             skipped_files.append(name)
             continue
         try:
@@ -322,5 +332,12 @@ def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tup
     return tuple(side_files), tuple(skipped_files)
 
 
-def _is_skipped(name: str) -> bool:
-    return _SKIPPED_PATTERN.fullmatch(name.lower()) is not None
+def is_kept(name: str, nbytes: int) -> bool:
+    """Return whether a file beside the weights is kept, by its name and its size in bytes.
+
+    Examples
+    --------
+    >>> is_kept("config.json", 700), is_kept("optimizer.pt", 700), is_kept("log.txt", 1 << 30)
+    (True, False, False)
+    """
+    return nbytes <= MAX_SIDE_FILE_BYTES and _SKIPPED_PATTERN.fullmatch(name.lower()) is None
