@@ -14,7 +14,7 @@ from relex_stream.paths import check_relative_path
 _HUB = re.compile(r"hf:/{1,2}(?P<rest>.*)", re.DOTALL)
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _MODEL = re.compile(
-    rf"(?P<repository>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]*))?"
+    rf"(?P<repository>{_NAME}(?:/{_NAME}(?=[@/]|$)|(?=@|$)))(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]*))?"
     r"(?:/(?P<directory>.*))?",
     re.DOTALL,
 )

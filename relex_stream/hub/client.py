@@ -30,7 +30,6 @@ LONGEST_WAIT_S = 300.0
 """Seconds: the window of the Hub's rate limits. Who asks for more is not waited for."""
 
 _RETRIED = (408, 429, 500, 502, 503, 504)
-_READ_BYTES = 1 << 20
 _MAX_PAGES = 10_000
 """Ten million files; a listing that goes on is one that leads in a circle."""
 
@@ -229,7 +228,8 @@ class HubClient:
                     f"{what}: {self.endpoint} does not give parts of files; set HF_ENDPOINT to "
                     "one that does"
                 )
-            for data in answer.iter_bytes(_READ_BYTES):
+            # As they come: pieces of a given size would be waited for, and lost with a connection.
+            for data in answer.iter_bytes():
                 if self._closed.is_set():
                     raise Stopped
                 yield data[:left]

@@ -144,6 +144,7 @@ class HubFeed:
                     shown_bytes = max(shown_bytes, done_bytes)
                 self._changed.wait(_POLL_S)
         if shown_bytes is not None:
+            progress.advance(max(0, (fetching.nbytes or 0) - shown_bytes))
             progress.finish()
         return fetching.arrival
 

@@ -26,6 +26,8 @@ from .client import HubClient, HubFile, Ref
 FAMILIES = (*DIRECTORY_FAMILIES, "step-{step}", "step{step}")
 """Names of revisions and directories that are known without a pattern."""
 
+_REMEDY = "upload it anew, or name another model or other --steps"
+
 MAIN = "main"
 """The branch that every repository of the Hub has."""
 
@@ -296,15 +298,16 @@ def _place(step: HubStep, inside: str, files: Iterable[HubFile]) -> WeightsPlace
 
 
 def _no_weights(url: HubUrl, step: HubStep, places: Mapping[str, WeightsPlace]) -> SourceError:
-    start = f"{url}: step {step.step} ({step.name}) has no {SINGLE_FILE} or {INDEX_FILE} in "
-    start += f"{', '.join(places)}; found "
+    # Step 0 is a base.
+    which = f"{url}: step {step.step} ({step.name})" if step.step else str(url)
+    start = f"{which} has no {SINGLE_FILE} or {INDEX_FILE} in {', '.join(places)}; found "
     for inside, place in places.items():
         recognised = recognise_names(sorted(place.files))
         if recognised is not None:
             what, remedy = recognised
             return SourceError(f"{start}{what}{'' if inside == '.' else f' in {inside}'}; {remedy}")
     names = sorted(places["."].files)
-    return SourceError(f"{start}{summarise(names)}; leave the step out with --steps")
+    return SourceError(f"{start}{summarise(names)}; {_REMEDY}")
 
 
 def needed_files(
@@ -331,7 +334,7 @@ def needed_files(
     if missing:
         raise SourceError(
             f"{place.directory or 'the repository'}: shard {missing[0]}, named by {INDEX_FILE}, "
-            "is missing; upload it again, or leave the step out with --steps"
+            f"is missing; {_REMEDY}"
         )
     needed = {name for name, file in files.items() if name in weights or is_kept(name, file.size)}
     return [files[name] for name in sorted(needed)], sorted(set(files) - needed)

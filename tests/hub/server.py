@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface: the few endpoints that clients use to read models.
 
-As the real one it keeps large files apart from git and sends clients to another host for them, tells
-tree listings in pages, serves ranges, and asks for tokens. What it is asked is kept, and faults can
+As the real one it keeps large files apart from git and sends clients to another host for them,
+lists files in pages, serves ranges, and asks for tokens. What it is asked is kept, and faults can
 be put in its way.
 """
 
