@@ -99,6 +99,8 @@ class FakeHub:
     headers: dict[str, str] = field(default_factory=dict)
     """Sent with the answers of faults."""
     ranges: bool = True
+    tamper: Callable[[bytes], bytes] = lambda data: data
+    """What becomes of a file's content on its way."""
 
     def add(self, name: str) -> Repository:
         return self.repositories.setdefault(name, Repository())
@@ -231,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(302, b"", headers)
 
     def _send_content(self, data: bytes, headers: dict[str, str]) -> None:
+        data = self.hub.tamper(data)
         wanted = self.headers["Range"] if self.hub.ranges else None
         if wanted is None:
             self._send(200, data, headers)
