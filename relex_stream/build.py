@@ -25,7 +25,14 @@ from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
-from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint, parse_steps
+from relex_stream.sources import (
+    CheckpointReader,
+    Naming,
+    find_checkpoints,
+    open_checkpoint,
+    parse_steps,
+)
+from relex_stream.sources.checkpoint import INDEX_FILE
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
@@ -51,11 +58,15 @@ def build(
     *,
     pattern: str | None,
     steps: str | None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
     memory_limit: int | None,
     workers: int | None,
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None = None,
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -76,14 +87,15 @@ def build(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    _check_options(block_bytes, seed, workers)
+    _check_options(block_bytes, seed, workers, cast)
     if scheduler is not None or local_cluster is not None:
         # Workers have working directories of their own.
         base, checkpoints, store = base.absolute(), checkpoints.absolute(), store.absolute()
     _refuse_overlap(base, checkpoints, store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
-    found = find_checkpoints(checkpoints, pattern, selection)
+    naming = Naming(frozenset(base_checkpoint.tensors), strip_prefix, tuple(map_names))
+    found = find_checkpoints(checkpoints, pattern, selection, source)
     with (
         StoreWriter(store) as writer,
         CheckpointReader() as reader,
@@ -98,7 +110,7 @@ def build(
         committed = writer.store
         stored_steps = committed.steps if committed else ()
         todo, skipped = split_found(found.checkpoints, stored_steps)
-        opened: Iterator[SourceCheckpoint] = (open_checkpoint(path, step) for step, path in todo)
+        opened: Iterator[SourceCheckpoint] = (found.open(path, step, naming) for step, path in todo)
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
             check_base_layout(committed, base_checkpoint)
@@ -108,7 +120,8 @@ def build(
             first = next(opened)
             opened = chain([first], opened)
             tensors, _ = place_tensors(
-                describe_tensors(base_checkpoint, first, sketch_min_elements), block_bytes
+                describe_tensors(base_checkpoint, first, sketch_min_elements, cast=bool(cast)),
+                block_bytes,
             )
             sketch_width = SKETCH_WIDTH
         else:
@@ -120,9 +133,12 @@ def build(
         for checkpoint in opened:
             name = _name_in(checkpoints, Path(checkpoint.directory))
             before = places[-1] if places else None
-            places.append(match_checkpoint(checkpoint, tensors, name, before))
+            matched = match_checkpoint(checkpoint, tensors, name, before, cast=bool(cast))
+            places.append(matched)
             # Now, and not when its batch is committed: it would have to be opened again.
-            files[checkpoint.step] = _keep_files(writer, checkpoint)
+            files[checkpoint.step] = _keep_files(
+                writer, checkpoint, is_cast=bool(matched.is_cast.any())
+            )
             reader.expect(checkpoint)
         shape = model_shape(tensors, sketch_width)
         capacity = executor.prepare(
@@ -164,7 +180,9 @@ def build(
         )
 
 
-def _check_options(block_bytes: int, seed: int, workers: int | None) -> None:
+def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str | None) -> None:
+    if cast not in (None, "bf16"):
+        raise OptionError(f"--as must be bf16, not {cast}")
     if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
         raise OptionError(
             f"a block must be a multiple of 8 bytes up to {MAX_BLOCK_BYTES}, not {block_bytes}"
@@ -235,9 +253,20 @@ def _name_in(checkpoints: Path, path: Path) -> str:
     return Path(os.path.relpath(path, checkpoints)).as_posix()
 
 
-def _keep_files(writer: StoreWriter, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
-    entries = [writer.put_weights_file(file) for file in checkpoint.weights_files]
+def _keep_files(
+    writer: StoreWriter, checkpoint: SourceCheckpoint, *, is_cast: bool = False
+) -> tuple[FileEntry, ...]:
+    """Keep recipes of weights files that can be put together again, and the side files."""
+    entries = []
+    if not is_cast:
+        entries = [
+            writer.put_weights_file(file)
+            for file in checkpoint.weights_files
+            if file.parts is not None
+        ]
     for name in checkpoint.side_files:
+        if is_cast and name == INDEX_FILE:
+            continue  # of files that cannot come back
         path = Path(checkpoint.directory) / name
         try:
             data = path.read_bytes()
@@ -382,7 +411,7 @@ class _Job:
         # As they lie in the files: what the system reads ahead is then wanted next.
         by_place = sorted(
             (tensor for tensor in self.tensors if tensor.blocks),
-            key=lambda tensor: (first.file_of[tensor.index], first.offset_of[tensor.index]),
+            key=lambda tensor: first.table.first_place(tensor.index),
         )
         groups = grouped(
             (

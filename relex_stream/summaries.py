@@ -374,7 +374,21 @@ class ExportSummary:
     store: str
     step: int
     path: str
+    file_format: str
+    """``"ingested"``: the files that were ingested; ``"hf"``: a model like the base."""
     files: tuple[ExportedFile, ...]
+    bytes_written: int
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class ExportsSummary:
+    """What `export_steps` wrote, step by step, each in a directory below `path`."""
+
+    store: str
+    path: str
+    exports: tuple[ExportSummary, ...]
     bytes_written: int
     peak_memory_bytes: int
     elapsed_s: float

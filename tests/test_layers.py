@@ -44,6 +44,7 @@ BELOW_STAGES = {
         "base_weights",
         "block_reader",
         "pages",
+        "pieces",
         "checksum",
         "block_sweep",
         "_version",
@@ -79,11 +80,12 @@ ROOMS = {
     "costs": Room(pure=True),
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
+    "pieces": Room(set(), {"numpy"}, pure=True),
     "paths": Room(),
-    "urls": Room({"paths"}, pure=True),
+    "urls": Room({"paths"}),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
-    "sources": Room({"paths", "pagecache"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
+    "sources": Room({"paths", "pagecache", "pieces"}, {"numpy", "safetensors"} | CHECKSUM),
     "writer": Room({"pagecache", "paths"}, {"numpy"} | CHECKSUM),
     "store": Room(
         {"paths", "pagecache", "ulp", "codec"},
@@ -120,8 +122,11 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
-    "matching": Room({"ulp", "store"}, {"numpy"}),
-    "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
+    "matching": Room({"pieces", "ulp", "store"}, {"numpy"}),
+    "source_blocks": Room(
+        {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
+    ),
+    "ingest": Room(BELOW_STAGES | {"matching", "scan", "source_blocks"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
     "analysis": Room({"fit", "sketch"}, {"numpy"}, pure=True),
@@ -139,7 +144,8 @@ ROOMS = {
     "grid": Room({"request", "store"}, {"yaml"}),
     # The stages.
     "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
-    "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
+    "hf_files": Room({"sources", "store"}),
+    "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(
         BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces"}, {"numpy"}
     ),

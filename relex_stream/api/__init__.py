@@ -6,7 +6,15 @@ mend. Sizes are bytes. `progress` is any object with the methods of `specs.Progr
 
 from relex_stream.api.arguments import AnyPath, RunArguments
 from relex_stream.api.models import combine, extrapolate, reconstruct, sweep
-from relex_stream.api.stores import build_store, drop, export, info, open_store, verify
+from relex_stream.api.stores import (
+    build_store,
+    drop,
+    export,
+    export_steps,
+    info,
+    open_store,
+    verify,
+)
 from relex_stream.api.trajectories import analyze, backtest, report
 from relex_stream.opened import OpenStore
 
@@ -20,6 +28,7 @@ __all__ = [
     "combine",
     "drop",
     "export",
+    "export_steps",
     "extrapolate",
     "info",
     "open_store",

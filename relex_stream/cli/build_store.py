@@ -24,13 +24,35 @@ if TYPE_CHECKING:
     "--pattern",
     metavar="PATTERN",
     help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
-    "like 'epoch-{step}'.  [default: global_step_N, checkpoint-N, step_N or iter_N]",
+    "like 'epoch-{step}'.  [default: those of trainers: global_step_N, checkpoint-N, step_N, ...]",
 )
 @click.option(
     "--steps",
     metavar="STEPS",
     help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
     "10:500:10, with commas between.  [default: all]",
+)
+@click.option(
+    "--source",
+    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
+    default="auto",
+    show_default=True,
+    help="The format of the checkpoints; auto takes the first that all steps have.",
+)
+@click.option(
+    "--strip-prefix",
+    metavar="PREFIX",
+    help="What names of tensors in the checkpoints begin with and the base's do not, like "
+    "'app.model.'.  [default: found out]",
+)
+@click.option(
+    "--map",
+    "map_names",
+    type=options.NAME_MAP,
+    multiple=True,
+    metavar="PATTERN=REPLACEMENT",
+    help="A regular expression and what replaces its matches in names of tensors in the "
+    "checkpoints, like '^transformer\\.=model.'. May be given several times.",
 )
 @options.memory_limit
 @options.workers
@@ -52,6 +74,7 @@ if TYPE_CHECKING:
     metavar="S",
     help="Seed of the random sketches; set when a store is made.",
 )
+@options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @click.option(
     "--download-dir",
     type=options.PATH,
@@ -70,11 +93,15 @@ def command(
     *,
     pattern: str | None,
     steps: str | None,
+    source: str,
+    strip_prefix: str | None,
+    map_names: tuple[tuple[str, str], ...],
     memory_limit: int | None,
     workers: int | None,
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None,
     download_dir: Path | None,
     scheduler: str | None,
     local_cluster: int | None,
@@ -98,11 +125,15 @@ def command(
             store,
             pattern=pattern,
             steps=steps,
+            source=source,
+            strip_prefix=strip_prefix,
+            map_names=map_names,
             memory_limit=memory_limit,
             workers=workers,
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
             seed=seed,
+            cast=cast,
             scheduler=scheduler,
             local_cluster=local_cluster,
             download_dir=download_dir,

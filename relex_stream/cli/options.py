@@ -112,6 +112,29 @@ class NumberOr(click.ParamType[int | None]):
         return int(value)
 
 
+class NameMap(click.ParamType[tuple[str, str]]):
+    """A regular expression and its replacement, with ``=`` between."""
+
+    name = "map"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return the two."""
+        if isinstance(value, tuple):
+            return value
+        # A pattern may hold a "="; names of tensors do not.
+        pattern, equals, replacement = value.rpartition("=")
+        if not equals or not pattern:
+            self.fail(
+                rf"{value!r} is not PATTERN=REPLACEMENT, like '^model\.=transformer.'", param, ctx
+            )
+        return pattern, replacement
+
+
+NAME_MAP = NameMap()
+
+
 class LocalPath(click.Path):
     """A path; a URL, which would become the path of a directory ``hf:``, is refused."""
 
@@ -184,6 +207,12 @@ base = click.option(
     help="Where the base model is now, if not where the store says; hf://org/name is one on the "
     "Hugging Face Hub.",
 )
+
+
+def cast(help: str) -> Callable[[Function], Function]:  # noqa: A002
+    """Return the option ``--as``, which each command explains in its own words."""
+    return click.option("--as", "cast", type=click.Choice(["bf16"]), help=help)
+
 
 memory_limit = click.option(
     "--memory-limit",

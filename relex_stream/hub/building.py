@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from relex_stream.build import split_found
+from relex_stream.errors import OptionError
 from relex_stream.feeds import build_from_feed
 from relex_stream.paths import refuse_inside
 from relex_stream.sources import open_checkpoint, parse_steps
@@ -30,6 +31,7 @@ def build_from_hub(
     pattern: str | None,
     steps: str | None,
     download_dir: Path | None,
+    source: str,
     include_base: bool,
     progress: Progress | None,
     **options: Any,
@@ -45,6 +47,11 @@ def build_from_hub(
     options
         As `build` takes them.
     """
+    if source not in ("auto", "safetensors"):
+        raise OptionError(
+            f"--source {source}: of the Hub's files only safetensors are read; fetch the others "
+            "yourself and give their directory"
+        )
     url = parse_hub(checkpoints)
     download_dir = download_dir or store.parent / f"{store.name}.download"
     refuse_inside(download_dir, store, "--download-dir", "STORE")
@@ -78,6 +85,7 @@ def build_from_hub(
         layout=found.layout.replace("{step}", "N"),
         skipped=skipped,
         include_base=include_base,
+        source="safetensors",
         progress=progress,
         **options,
     )

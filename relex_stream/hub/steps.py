@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import posixpath
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -10,21 +11,24 @@ from typing import NamedTuple, NoReturn
 
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.sources import StepSelection
-from relex_stream.sources.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    is_kept,
-    recognise_names,
-    summarise,
-)
-from relex_stream.sources.layout import FAMILIES as DIRECTORY_FAMILIES
-from relex_stream.sources.layout import WEIGHTS_DIRECTORIES, select_steps, step_finder
+from relex_stream.sources.checkpoint import INDEX_FILE, SINGLE_FILE, is_kept
+from relex_stream.sources.directories import summarise
+from relex_stream.sources.families import FAMILIES as TRAINERS
+from relex_stream.sources.formats import FORMATS
+from relex_stream.sources.layout import select_steps, step_finder
+from relex_stream.sources.recognised import recognise_names
 from relex_stream.urls import HubUrl
 
 from .client import HubClient, HubFile, Ref
 
-FAMILIES = (*DIRECTORY_FAMILIES, "step-{step}", "step{step}")
+PATTERNS = (*(family.pattern for family in TRAINERS), "step{step}")
 """Names of revisions and directories that are known without a pattern."""
+
+_PLACES = FORMATS[0].places
+"""Where safetensors may lie inside a step: no other format is fetched."""
+
+_READ_LOCALLY = ("model_world_size_*_rank_*.pt", "*.distcp", "shard-*-model-*-of-*.safetensors")
+"""Names of files in the other formats."""
 
 _REMEDY = "upload it anew, or name another model or other --steps"
 
@@ -94,7 +98,7 @@ def find_steps(
     url : HubUrl
     pattern : str, optional
         What revisions or directories are called, with ``{step}`` for the digits; by default any one
-        of `FAMILIES`.
+        of `PATTERNS`.
     selection : StepSelection, optional
         Which steps to use; all if not given.
 
@@ -203,7 +207,7 @@ def _matches(url: HubUrl, names: Iterable[str], pattern: str | None) -> tuple[st
     """Return the pattern that names match, and the steps by names."""
     names = list(names)
     found = {}
-    for family in FAMILIES if pattern is None else (pattern.strip("/"),):
+    for family in PATTERNS if pattern is None else (pattern.strip("/"),):
         step_of = step_finder(family)
         matches = {name: step for name in names if (step := step_of(name)) is not None}
         if matches:
@@ -222,7 +226,7 @@ def _refuse(url: HubUrl, pattern: str | None, found: _Search) -> NoReturn:
         raise SourceError(
             f"{url}: this is one model; name the repository, or the directory of the checkpoints"
         )
-    looked = pattern if pattern and "{step}" in pattern else ", ".join(FAMILIES)
+    looked = pattern if pattern and "{step}" in pattern else ", ".join(PATTERNS)
     raise SourceError(
         f"{url}: no checkpoints: looked for {looked.replace('{step}', 'N')}; its {found.what}: "
         f"{summarise(found.names)}; say with --pattern how the steps are called"
@@ -267,11 +271,11 @@ def find_weights(
     inside: dict[int, dict[str, WeightsPlace]] = {}
     for step in steps:
         files = list(files_of(step))
-        places = {place: _place(step, place, files) for place in WEIGHTS_DIRECTORIES}
+        places = {place: _place(step, place, files) for place in _PLACES}
         inside[step.step] = {name: place for name, place in places.items() if place.holds_weights}
         if not inside[step.step]:
-            raise _no_weights(url, step, places)
-    for name in WEIGHTS_DIRECTORIES:
+            raise _no_weights(url, step, places, files)
+    for name in _PLACES:
         if all(name in places for places in inside.values()):
             return {step: places[name] for step, places in inside.items()}
     (first, places), *others = inside.items()
@@ -297,16 +301,23 @@ def _place(step: HubStep, inside: str, files: Iterable[HubFile]) -> WeightsPlace
     )
 
 
-def _no_weights(url: HubUrl, step: HubStep, places: Mapping[str, WeightsPlace]) -> SourceError:
+def _no_weights(
+    url: HubUrl, step: HubStep, places: Mapping[str, WeightsPlace], files: Iterable[HubFile]
+) -> SourceError:
+    """Say what was looked for and what is there: other weights, if there are any."""
     # Step 0 is a base.
     which = f"{url}: step {step.step} ({step.name})" if step.step else str(url)
     start = f"{which} has no {SINGLE_FILE} or {INDEX_FILE} in {', '.join(places)}; found "
     for inside, place in places.items():
-        recognised = recognise_names(sorted(place.files))
+        names = sorted(place.files)
+        recognised = recognise_names(names)
         if recognised is not None:
             what, remedy = recognised
+            if any(fnmatch.filter(names, pattern) for pattern in _READ_LOCALLY):
+                remedy = "fetch the files yourself and give their directory: there they are read"
             return SourceError(f"{start}{what}{'' if inside == '.' else f' in {inside}'}; {remedy}")
-    names = sorted(places["."].files)
+    above = f"{step.directory}/" if step.directory else ""
+    names = sorted(file.path for file in files if file.path.startswith(above))
     return SourceError(f"{start}{summarise(names)}; {_REMEDY}")
 
 

@@ -5,12 +5,15 @@ which bytes of which file are which tensor, and `CheckpointReader` fetches them.
 """
 
 from .checkpoint import open_checkpoint
-from .layout import FoundCheckpoints, StepSelection, find_checkpoints, parse_steps
+from .layout import FoundCheckpoints, find_checkpoints
+from .naming import Naming
 from .reader import CheckpointReader
+from .steps import StepSelection, parse_steps
 
 __all__ = [
     "CheckpointReader",
     "FoundCheckpoints",
+    "Naming",
     "StepSelection",
     "find_checkpoints",
     "open_checkpoint",

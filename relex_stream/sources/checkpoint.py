@@ -14,7 +14,10 @@ from typing import Any
 from ..errors import RelexStreamWarning, SourceError
 from ..paths import check_relative_path
 from ..specs import SourceCheckpoint, TensorPlace, WeightsFile
+from .directories import list_names, summarise
 from .naming import Naming
+from .quantised import refuse_quantised
+from .recognised import recognise_weights
 from .safetensors_file import MAX_HEADER_BYTES, read_weights_file
 from .strict_json import parse_object, shown
 
@@ -35,25 +38,6 @@ _SKIPPED = (
     *("*.incomplete", "*.part", "*.partial", "*.temp", "*.tmp", ".tmp*", "tmp*", "*~"),
 )
 _SKIPPED_PATTERN = re.compile("|".join(map(fnmatch.translate, _SKIPPED)))
-
-_MERGE = "merge to safetensors first, e.g. with the trainer's own model merger"
-_OTHER_WEIGHTS = (
-    ("adapter_model.*", "an adapter without its model", "merge it into its base model first"),
-    ("model_world_size_*_rank_*.pt", "FSDP shards", _MERGE),
-    ("*.distcp", "a PyTorch distributed checkpoint", _MERGE),
-    ("mp_rank_*.pt", "Megatron or DeepSpeed shards", _MERGE),
-    (
-        "model*-of-*.safetensors",
-        "shards without their index",
-        f"copy {INDEX_FILE} too, or save the model anew",
-    ),
-    ("*.safetensors", "other safetensors files", f"name the model's file {SINGLE_FILE}"),
-    ("*.gguf", "a GGUF model", "use the safetensors it was made from"),
-    ("*.bin", "PyTorch weights", "convert to safetensors first (safe_serialization=True)"),
-    ("*.pt", "PyTorch files", _MERGE),
-    ("*.pth", "PyTorch files", _MERGE),
-)
-"""Weights that are recognised and refused: pattern, what it is, remedy; the first match counts."""
 
 
 def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -> SourceCheckpoint:
@@ -85,7 +69,7 @@ def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -
     ------
     SourceError
         If there is no such directory, it holds no safetensors weights, the index or a header is
-        malformed, or index and shards do not agree.
+        malformed, index and shards do not agree, or the weights are quantised.
 
     Warns
     -----
@@ -111,9 +95,10 @@ def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -
         _check_index(directory / INDEX_FILE, shards, tensors)
     if not tensors:
         raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
+    refuse_quantised(directory, (place.spec for place in tensors.values()))
     weights_files, tensors = renamed(weights_files, tensors, naming)
     used = {file.relative_path for file in weights_files}
-    side_files, skipped_files = _sort_files(directory, [name for name in names if name not in used])
+    side_files, skipped_files = sort_files(directory, [name for name in names if name not in used])
     return SourceCheckpoint(
         step=step,
         directory=str(directory),
@@ -158,65 +143,6 @@ def renamed(
 def holds_weights(directory: Path) -> bool:
     """Return whether a directory has a file that `open_checkpoint` would start from."""
     return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
-
-
-def recognise_weights(directory: Path) -> tuple[str, str] | None:
-    """Recognise weights in a format that is not read here.
-
-    Parameters
-    ----------
-    directory : Path
-        Any path; it need not exist.
-
-    Returns
-    -------
-    tuple of str or None
-        What they are, with names of files, and what to do about it as an imperative clause.
-    """
-    return recognise_names(list_names(directory) if directory.is_dir() else [])
-
-
-def recognise_names(names: list[str]) -> tuple[str, str] | None:
-    """Recognise weights by the names of files in a directory, as `recognise_weights` does."""
-    for pattern, kind, remedy in _OTHER_WEIGHTS:
-        matches = fnmatch.filter(names, pattern)
-        if matches:
-            return f"{kind} ({summarise(matches)})", remedy
-    return None
-
-
-def summarise(names: list[str], limit: int = 5) -> str:
-    """Return up to `limit` names and the number of the others, for a message.
-
-    Examples
-    --------
-    >>> summarise(["a", "b", "c"], limit=2), summarise([])
-    ('a, b and 1 more', 'nothing')
-    """
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "nothing"
-
-
-def list_names(directory: Path) -> list[str]:
-    """Return the sorted names of a directory's entries.
-
-    Raises
-    ------
-    SourceError
-        If it is missing, not a directory, or cannot be listed.
-    """
-    try:
-        return sorted(os.listdir(directory))
-    except FileNotFoundError:
-        raise SourceError(f"{directory}: no such directory; check the path") from None
-    except NotADirectoryError:
-        raise SourceError(
-            f"{directory}: a file where a directory belongs; check the path"
-        ) from None
-    except OSError as error:
-        raise SourceError(
-            f"{directory}: cannot be listed: {error.strerror}; check its permissions"
-        ) from error
 
 
 def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
@@ -310,8 +236,8 @@ def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorP
             )
 
 
-def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return side files and skipped files among `names`, in their order."""
+def sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return side files and skipped files among `names`, paths in the directory, in their order."""
     side_files: list[str] = []
     skipped_files: list[str] = []
     for name in names:
@@ -332,12 +258,13 @@ def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tup
     return tuple(side_files), tuple(skipped_files)
 
 
-def is_kept(name: str, nbytes: int) -> bool:
-    """Return whether a file beside the weights is kept, by its name and its size in bytes.
+def is_kept(path: str, nbytes: int) -> bool:
+    """Return whether a file beside the weights is kept, by its relative path and size in bytes.
 
     Examples
     --------
     >>> is_kept("config.json", 700), is_kept("optimizer.pt", 700), is_kept("log.txt", 1 << 30)
     (True, False, False)
     """
-    return nbytes <= MAX_SIDE_FILE_BYTES and _SKIPPED_PATTERN.fullmatch(name.lower()) is None
+    names = path.lower().split("/")
+    return nbytes <= MAX_SIDE_FILE_BYTES and not any(map(_SKIPPED_PATTERN.fullmatch, names))

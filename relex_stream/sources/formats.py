@@ -8,7 +8,10 @@ from pathlib import Path
 
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
+from .dcp import holds_dcp, open_dcp
+from .fsdp import holds_shards, open_shards
 from .naming import Naming
+from .split_safetensors import holds_split, open_split
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Format:
     places : tuple of str
         Directories inside a step's where trainers put such weights, first match first.
     holds : callable
-        Whether a directory has files that `open` would start from; cheap, and never raises.
+        Whether a directory has files that `open` would start from; cheap.
     open : callable
         Opens a directory, of a step, its tensors under the base's names. Raises `SourceError`.
     """
@@ -44,8 +47,39 @@ FORMATS = (
         name="safetensors",
         title="safetensors",
         looked_for="model.safetensors or model.safetensors.index.json",
-        places=(".", "huggingface", "actor/huggingface"),
+        places=(
+            *(".", "huggingface", "actor/huggingface", "actor/model/huggingface"),
+            *("weight", "policy/weights/model/consolidated", "policy/weights/model"),
+        ),
         holds=holds_weights,
         open=open_checkpoint,
     ),
+    Format(
+        name="split-safetensors",
+        title="split safetensors",
+        looked_for="shard-*-model-*-of-*.safetensors",
+        places=(".", "policy/weights/model", "model", "sharded"),
+        holds=holds_split,
+        open=open_split,
+    ),
+    Format(
+        name="fsdp",
+        title="verl FSDP shards",
+        looked_for="model_world_size_W_rank_R.pt",
+        places=("actor", ".", "actor/model", "model"),
+        holds=holds_shards,
+        open=open_shards,
+    ),
+    Format(
+        name="dcp",
+        title="PyTorch DCP",
+        looked_for=".metadata with *.distcp",
+        places=(
+            *(".", "trainer", "pytorch_model_fsdp_0", "policy/weights/model", "policy/weights"),
+            *("model", "actor", "weights"),
+        ),
+        holds=holds_dcp,
+        open=open_dcp,
+    ),
 )
+"""The first one counts that all steps hold in the same place."""

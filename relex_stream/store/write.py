@@ -30,6 +30,7 @@ from relex_stream.store.records import (
     FileEntry,
     Head,
     Manifest,
+    RecipePart,
     RecordName,
     StoredTensor,
     encode_commit,
@@ -236,17 +237,27 @@ class StoreWriter:
         return name
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
-        """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
+        """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas.
+
+        Literal bytes are blobs named in the recipe where they are few and mostly the same at every
+        step (a header), else one blob for the file: then all steps may share the recipe.
+        """
         assert file.parts is not None
-        parts: list[tuple[str, str]] = []
+        literals = [part.literal for part in file.parts if part.literal is not None]
+        own_blob = None
+        if len(literals) > 1 or any(part.box is not None for part in file.parts):
+            own_blob = self.put_blob(b"".join(literals))
+        parts = []
         for part in file.parts:
-            if part.literal is not None:
-                parts.append(("blob", self.put_blob(part.literal)))
+            if part.literal is None:
+                parts.append(RecipePart(tensor=part.tensor, box=part.box))
+            elif own_blob is None:
+                parts.append(RecipePart(blob=self.put_blob(part.literal)))
             else:
-                assert part.tensor is not None
-                parts.append(("tensor", part.tensor))
-        recipe = json.dumps({"size": file.size, "parts": parts}, separators=(",", ":")).encode()
-        return FileEntry(file.relative_path, file.size, recipe=self.put_blob(recipe))
+                parts.append(RecipePart(nbytes=len(part.literal)))
+        body = {"size": file.size, "parts": [part.encode() for part in parts]}
+        recipe = self.put_blob(json.dumps(body, separators=(",", ":")).encode())
+        return FileEntry(file.relative_path, file.size, blob=own_blob, recipe=recipe)
 
     def put_side_file(self, relative_path: str, data: bytes) -> FileEntry:
         """Keep a side file once per content."""
@@ -278,7 +289,8 @@ class StoreWriter:
         files.sync_many(self.path, chain(self._written, self._chunks_of(manifest, commits)))
         self._written.clear()
         steps = head.steps + tuple(commit.step for commit in commits)
-        self._replace_head(Head(head.manifest, steps, tuple(names)))
+        newest = max((commit.format for commit in commits), default=1)
+        self._replace_head(Head(head.manifest, steps, tuple(names), max(head.format, newest)))
 
     def _chunks_of(self, manifest: Manifest, commits: Sequence[Commit]) -> Iterator[Path]:
         """Yield the chunks that `write_frames` wrote for these commits."""
@@ -302,7 +314,9 @@ class StoreWriter:
         kept = sum(committed <= step for committed in head.steps)
         dropped = head.steps[kept:]
         if dropped:
-            self._replace_head(Head(head.manifest, head.steps[:kept], head.commits[:kept]))
+            self._replace_head(
+                Head(head.manifest, head.steps[:kept], head.commits[:kept], head.format)
+            )
             self.sweep()
         return dropped
 

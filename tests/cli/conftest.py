@@ -24,6 +24,7 @@ from relex_stream.summaries import (
     BuildSummary,
     DropSummary,
     ExportedFile,
+    ExportsSummary,
     ExportSummary,
     ForecastSkill,
     GroupAnalysis,
@@ -294,10 +295,20 @@ EXPORT = ExportSummary(
     store="run.store",
     step=10,
     path="out",
+    file_format="ingested",
     files=(ExportedFile("config.json", 700, "ab" * 32), ExportedFile("w\x1b[2J", 3, "cd" * 32)),
     bytes_written=81 * MIB,
     peak_memory_bytes=222 * MIB,
     elapsed_s=0.5,
+)
+
+EXPORTS = ExportsSummary(
+    store="run.store",
+    path="out",
+    exports=(EXPORT, dataclasses.replace(EXPORT, step=20, path="out/step_20", file_format="hf")),
+    bytes_written=162 * MIB,
+    peak_memory_bytes=222 * MIB,
+    elapsed_s=1.0,
 )
 
 INFO = StoreInfo(
@@ -339,6 +350,7 @@ class FakeApi(types.ModuleType):
             "combine": COMBINE,
             "sweep": SWEEP,
             "export": EXPORT,
+            "export_steps": EXPORTS,
             "info": INFO,
             "verify": VERIFY,
             "drop": DROP,
@@ -375,6 +387,7 @@ class FakeApi(types.ModuleType):
         include_base: bool = False,
         allow_nonfinite: bool = False,
         seed: int = 0,
+        cast: str | None = None,
         scheduler: str | Path | None = None,
         local_cluster: int | None = None,
         progress: Progress | None = None,
@@ -408,12 +421,17 @@ class FakeApi(types.ModuleType):
         out: str | Path,
         *,
         step: int,
+        file_format: str | None = None,
+        cast: str | None = None,
         base: str | Path | None = None,
         memory_limit: int | None = None,
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> ExportSummary:
         return self._run("export", locals())
+
+    def export_steps(self, store: Path, out: Path, **asked: Any) -> ExportsSummary:
+        return self._run("export_steps", {"self": self, "store": store, "out": out, **asked})
 
     def info(self, store: str | Path) -> StoreInfo:
         return self._run("info", locals())

@@ -19,7 +19,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("build-store", "base", "checkpoints", "run.store", "--pattern", "epoch-{step}"),
         *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
-        *("--include-base", "--allow-nonfinite", "--seed", "7"),
+        *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
     )
     assert result.exit_code == 0, result.stderr
@@ -37,6 +37,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "include_base": True,
                 "allow_nonfinite": True,
                 "seed": 7,
+                "cast": "bf16",
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
             },
@@ -306,22 +307,44 @@ def test_report_prints_what_was_written_and_the_verdict(api: FakeApi, run: Run) 
     assert "tables       2 files\n" in output
 
 
+EXPORT_OPTIONS = (
+    *("--base", "b", "--format", "hf", "--as", "bf16"),
+    *("--memory-limit", "1073741824", "--workers", "2"),
+)
+EXPORT_ARGUMENTS = {
+    "store": Path("run.store"),
+    "out": Path("out"),
+    "file_format": "hf",
+    "cast": "bf16",
+    "base": Path("b"),
+    "memory_limit": 1 << 30,
+    "workers": 2,
+}
+
+
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
-        *("export", "run.store", "out", "--step", "0", "--base", "b"),
-        *("--memory-limit", "1073741824", "--workers", "2"),
+        *("export", "run.store", "out", "--step", "0", *EXPORT_OPTIONS),
     )
     assert result.exit_code == 0, result.stderr
-    (name, arguments), *rest = api.calls
-    assert (name, rest) == ("export", [])
-    assert arguments == {
-        "store": Path("run.store"),
-        "out": Path("out"),
-        "step": 0,
-        "base": Path("b"),
-        "memory_limit": 1 << 30,
-        "workers": 2,
-    }
+    assert api.calls == [("export", {**EXPORT_ARGUMENTS, "step": 0})]
+
+
+def test_export_of_several_steps_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run("export", "run.store", "out", "--steps", "10:100:10", *EXPORT_OPTIONS)
+    assert result.exit_code == 0, result.stderr
+    assert api.calls == [("export_steps", {**EXPORT_ARGUMENTS, "steps": "10:100:10"})]
+    first, *_ = result.stdout.splitlines()
+    assert first.endswith("  step_10/config.json")
+    assert "step 20 as a model like the base: 2 files" in result.stderr
+
+
+@pytest.mark.parametrize("steps", [(), ("--step", "1", "--steps", "1:2")])
+def test_export_takes_one_step_or_several(api: FakeApi, run: Run, steps: tuple[str, ...]) -> None:
+    result = run("export", "run.store", "out", *steps)
+    assert result.exit_code == 2
+    assert "give one of --step and --steps" in result.stderr
+    assert api.calls == []
 
 
 def test_verify_info_and_drop_pass_every_option(api: FakeApi, run: Run) -> None:

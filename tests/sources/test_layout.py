@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.sources import (
-    FoundCheckpoints,
     StepSelection,
     find_checkpoints,
     open_checkpoint,
@@ -41,9 +40,8 @@ def names(found, root):
 def test_known_layouts(tmp_path, path, layout):
     make(tmp_path, *(path.format(step) for step in (10, 9, 100)))
     found = find_checkpoints(tmp_path)
-    assert found == FoundCheckpoints(
-        layout, tuple((step, tmp_path / path.format(step)) for step in (9, 10, 100))
-    )
+    assert (found.layout, found.format.name, found.unfinished) == (layout, "safetensors", {})
+    assert found.checkpoints == tuple((step, tmp_path / path.format(step)) for step in (9, 10, 100))
 
 
 def test_trajectory(tmp_path):
@@ -59,7 +57,7 @@ def test_other_entries_are_passed_over(tmp_path):
         "step_5.tmp",
         "step_",
         "step_x",
-        "step-7",
+        "step.7",
         "STEP_7",
         "step_7 ",
         "step_٣",
@@ -84,7 +82,9 @@ def test_first_weights_directory_common_to_all(tmp_path):
 
 def test_weights_in_different_places(tmp_path):
     make(tmp_path, "step_1", "step_2/huggingface")
-    with pytest.raises(SourceError, match=r"weights lie in .*step_1 but in .*step_2/huggingface"):
+    with pytest.raises(
+        SourceError, match=r"weights lie in .*step_1 \(safetensors\) but in .*step_2/hugg"
+    ):
         find_checkpoints(tmp_path)
     assert find_checkpoints(tmp_path, steps=parse_steps("2")).layout == "step_N/huggingface"
 
@@ -96,8 +96,8 @@ def test_no_weights(tmp_path):
     (actor / "huggingface/config.json").write_text("{}")
     with pytest.raises(
         SourceError,
-        match=r"global_step_2: no model.safetensors or model.safetensors.index.json in "
-        r"., huggingface, actor/huggingface; found actor; ",
+        match=r"global_step_2: no weights: found actor; save .* \(looked for model.safetensors or "
+        r"model.safetensors.index.json in ., huggingface, actor/huggingface, .*; shard-\*",
     ):
         find_checkpoints(tmp_path)
     (actor / "model_world_size_1_rank_0.pt").write_bytes(b"")
