@@ -66,8 +66,8 @@ def build_store(
     steps : str, optional
         ``"1:75"`` (75 included), ``"1:75:5"``, ``"1,5,10"`` or one number; default all.
     source : str
-        The format of the checkpoints: ``"safetensors"``, ``"split-safetensors"``, ``"fsdp"``
-        or ``"dcp"``; ``"auto"`` for the first that all steps have.
+        The format of the checkpoints: ``"safetensors"``, ``"split-safetensors"``, ``"fsdp"`` or
+        ``"dcp"``; ``"auto"`` for the first that all steps have.
     strip_prefix : str, optional
         What names of tensors in checkpoints begin with and those of the base do not; found out if
         not given.

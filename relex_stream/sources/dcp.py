@@ -27,6 +27,7 @@ from .quantised import refuse_quantised
 from .recognised import is_megatron, refuse_adapter
 from .safetensors_file import read_weights_file
 from .strict_json import shown
+from .surroundings import look_around
 from .torch_file import StoredView, read_torch_region
 
 _STATE = {
@@ -77,7 +78,8 @@ def open_dcp(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
     SourceCheckpoint
         ``weights_files`` are the files with tensors of the model. Those that also hold other state
         have no parts. ``.metadata`` is a side file if all files have parts; without one of them it
-        would be of no use.
+        would be of no use. ``directory`` is that of the step where trainers put files around the
+        weights.
 
     Raises
     ------
@@ -86,7 +88,7 @@ def open_dcp(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         or the chunks of a tensor do not cover it.
     """
     directory = directory.absolute()
-    names = list_names(directory)
+    root, inside, names = look_around(directory)
     metadata = read_metadata(directory)
     called = _called(directory, metadata, naming)
     by_file: dict[str, list[_Chunk]] = defaultdict(list)
@@ -103,7 +105,7 @@ def open_dcp(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         path = directory / relative_path
         chunks = sorted(by_file[relative_path], key=lambda chunk: chunk.region.offset)
         file, offsets = _read_file(
-            path, relative_path, chunks, with_state=relative_path in with_state
+            path, inside + relative_path, chunks, with_state=relative_path in with_state
         )
         files.append(file)
         for chunk, offset in zip(chunks, offsets, strict=True):
@@ -113,15 +115,15 @@ def open_dcp(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         for key, name in called.items()
     }
     refuse_quantised(directory, (place.spec for place in tensors.values()))
-    side_files, skipped_files = sort_files(
-        directory, [name for name in names if name not in by_file]
-    )
+    used = {file.relative_path for file in files}
     if all(file.parts is not None for file in files):
-        side_files = (METADATA, *side_files)
-        skipped_files = tuple(name for name in skipped_files if name != METADATA)
+        used.add(inside + METADATA)
+    side_files, skipped_files = sort_files(root, [name for name in names if name not in used])
+    if inside + METADATA in used:
+        side_files = (inside + METADATA, *side_files)
     return SourceCheckpoint(
         step=step,
-        directory=str(directory),
+        directory=str(root),
         tensors=tensors,
         weights_files=tuple(files),
         side_files=side_files,

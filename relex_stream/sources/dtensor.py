@@ -252,7 +252,8 @@ _FLAT_PARAMETER = Known(
 DTENSORS = {
     "torch._tensor._rebuild_from_type_v2": Known("subclass", make=_rebuild_from_type),
     "torch._utils._rebuild_wrapper_subclass": Known("wrapper subclass"),
-    "torch.nn.parameter.Parameter": Known("Parameter"),
+    "torch.Tensor": Known("Tensor"),  # with attributes of its own
+    "torch._tensor.Tensor": Known("Tensor"),
     "torch.serialization._get_layout": Known("layout"),
     "torch.strided": Known("torch.strided"),
     f"{_MODULES}.DTensor": _DTENSOR,

@@ -21,26 +21,29 @@ from ..specs import (
     WeightsFile,
 )
 from .checkpoint import INDEX_FILE, sort_files
-from .directories import list_files, list_names, summarise
+from .directories import list_names, summarise
 from .dtensor import DTENSORS, DTensor, Meshes, local_box
 from .file_parts import lay_out
 from .naming import Naming
 from .pieces import join_pieces
 from .quantised import refuse_quantised
+from .recognised import refuse_adapter
 from .strict_json import parse_object, shown
+from .surroundings import look_around
 from .torch_file import StoredView, TorchObject, read_torch_file
 
 CONFIG_FILE = "fsdp_config.json"
 MODEL_DIRECTORY = "huggingface"
-"""Beside the shards: the model's config and tokenizer."""
+"""Beside the shards: the model's config and tokenizer, and perhaps the model itself again."""
+
+_INDEX = f"{MODEL_DIRECTORY}/{INDEX_FILE}"
+"""Of weights that are not kept: it would send readers to files that are not there."""
 
 _ADAPTER_DIRECTORY = "lora_adapter"
 _SHARD = re.compile(r"model_world_size_([1-9][0-9]{0,5})_rank_(0|[1-9][0-9]{0,5})\.pt")
 _LONGEST_CONFIG = 1 << 20
 
-_MERGE_ADAPTER = "merge the adapter into its base model first"
 _FLAT = re.compile(r"(?:^|\.)_?flat_param(?:eter)?(?:_[0-9]+)?$")
-_LORA = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer)\.")
 
 
 class _Local(NamedTuple):
@@ -102,11 +105,16 @@ def open_shards(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         do not fit together, or they are those of an adapter.
     """
     directory = directory.absolute()
-    names = list_names(directory)
+    _, _, names = look_around(directory)
     ranks = _find_ranks(directory, names)
     files = [_read_rank(directory / name, rank) for rank, name in enumerate(ranks)]
     locals_of = _by_tensor(directory, files)
-    _refuse_adapters(directory, names, locals_of)
+    refuse_adapter(directory, locals_of)
+    if _ADAPTER_DIRECTORY in names:
+        raise SourceError(
+            f"{directory}: an adapter beside the weights ({_ADAPTER_DIRECTORY}); merge it into its "
+            "base model first"
+        )
     called = naming.of(locals_of)
     tensors: dict[str, TensorPlace] = {}
     copies: dict[str, tuple[Piece, ...]] = {}
@@ -116,12 +124,8 @@ def open_shards(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         if again:
             copies[name] = again
     refuse_quantised(directory / MODEL_DIRECTORY, (place.spec for place in tensors.values()))
-    others = [name for name in names if name not in ranks]
-    nested = [f"{MODEL_DIRECTORY}/{name}" for name in list_files(directory / MODEL_DIRECTORY)]
-    # The index of weights that are not kept would send readers to files that are not there.
-    index = f"{MODEL_DIRECTORY}/{INDEX_FILE}"
     side_files, skipped_files = sort_files(
-        directory, [name for name in (*others, *nested) if name != index]
+        directory, [name for name in names if name not in ranks and name != _INDEX]
     )
     return SourceCheckpoint(
         step=step,
@@ -129,7 +133,7 @@ def open_shards(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         tensors=tensors,
         weights_files=tuple(_weights_file(file, called) for file in files),
         side_files=side_files,
-        skipped_files=(*skipped_files, *(name for name in nested if name == index)),
+        skipped_files=(*skipped_files, *(name for name in names if name == _INDEX)),
         copies=copies,
     )
 
@@ -238,18 +242,6 @@ def _by_tensor(directory: Path, files: list[_RankFile]) -> dict[str, list[_Local
                 f"{lacking.path.name}; copy the shards of all ranks again"
             )
     return {name: [file.tensors[name] for file in files] for name in first.tensors}
-
-
-def _refuse_adapters(directory: Path, names: Iterable[str], keys: Iterable[str]) -> None:
-    key = next(filter(_LORA.search, keys), None)
-    if key is not None:
-        raise SourceError(
-            f"{directory}: weights of a LoRA adapter ({shown(key)}); {_MERGE_ADAPTER}"
-        )
-    if _ADAPTER_DIRECTORY in names:
-        raise SourceError(
-            f"{directory}: an adapter beside the weights ({_ADAPTER_DIRECTORY}); {_MERGE_ADAPTER}"
-        )
 
 
 def _join(

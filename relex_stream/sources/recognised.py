@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,8 @@ _NESTED = ("iter_*", "global_step*", "mp_rank_*")
 """Directories that Megatron and DeepSpeed put into one, with the weights in them."""
 
 _LARGEST_METADATA = 1 << 20
+
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer)\.")
 
 
 def recognise_weights(directory: Path) -> tuple[str, str] | None:
@@ -125,10 +128,10 @@ def refuse_adapter(where: Path, names: Iterable[str]) -> None:
     Raises
     ------
     SourceError
-        If a name among `names` is one that PEFT gives to parts of an adapter.
+        If a name among `names` is one that PEFT gives to parts of an adapter, or to what it wraps.
     """
     for name in names:
-        if ".lora_" in name:
+        if _ADAPTER.search(name):
             raise SourceError(
                 f"{where}: tensor {shown(name)} belongs to an adapter (LoRA); merge it into its "
                 "base model first, and save that"

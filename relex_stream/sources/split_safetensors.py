@@ -30,6 +30,7 @@ from .pieces import hull, join_pieces
 from .quantised import refuse_quantised
 from .safetensors_file import read_header
 from .strict_json import parse_object, shown
+from .surroundings import look_around
 
 SHARDS = "shard-*-model-*-of-*.safetensors"
 """Names of the files: the rank that wrote it, and which of its files it is."""
@@ -66,7 +67,8 @@ def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
     -------
     SourceCheckpoint
         A tensor's shape is that of all its parts together: a file that is missing shows as a gap,
-        or where the shape is compared with the base's.
+        or where the shape is compared with the base's. ``directory`` is that of the step where
+        trainers put files around the weights.
 
     Raises
     ------
@@ -75,8 +77,8 @@ def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         cover it or differ in dtype.
     """
     directory = directory.absolute()
-    names = list_names(directory)
-    shards = [_read_shard(directory, name) for name in fnmatch.filter(names, SHARDS)]
+    root, inside, names = look_around(directory)
+    shards = [_read_shard(root, name) for name in fnmatch.filter(names, inside + SHARDS)]
     keys = dict.fromkeys(key for shard in shards for key in shard.parts)
     if not keys:
         raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
@@ -93,10 +95,10 @@ def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         if again:
             copies[name] = again
     refuse_quantised(directory, (place.spec for place in tensors.values()))
-    side_files, skipped_files = sort_files(directory, _others(names, shards))
+    side_files, skipped_files = sort_files(root, _others(names, shards))
     return SourceCheckpoint(
         step=step,
-        directory=str(directory),
+        directory=str(root),
         tensors=tensors,
         weights_files=tuple(
             replace(shard.file, parts=tuple(_file_parts(shard, called, tensors)))

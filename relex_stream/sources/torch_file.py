@@ -264,6 +264,7 @@ _TENSORS = {
     "torch._utils._rebuild_tensor_v2": Known("tensor", make=_rebuild_tensor),
     "torch._utils._rebuild_tensor_v3": Known("tensor", make=_rebuild_tensor),
     "torch._utils._rebuild_parameter": Known("parameter", make=_rebuild_parameter),
+    "torch._utils._rebuild_parameter_with_state": Known("parameter", make=_rebuild_parameter),
     "torch._utils._rebuild_qtensor": _QUANTISED,
     "torch._utils._rebuild_sparse_tensor": _SPARSE,
     "torch._utils._rebuild_meta_tensor_no_storage": _refused(

@@ -102,7 +102,7 @@ def read_torch_zip(descriptor: int, where: str, offset: int, size: int) -> Torch
         for entry in run:
             data_at = _find_data(region, entry)
             end = data_at + entry.nbytes
-            if not at <= entry.header_at <= at + _LONGEST_DESCRIPTOR or end > entry.limit:
+            if not at <= entry.header_at <= at + _LONGEST_DESCRIPTOR:
                 raise region.bad(f"record {shown(entry.name)} overlaps another or follows a gap")
             if entry.is_storage:
                 key = entry.name.removeprefix(_STORAGES)
@@ -112,8 +112,8 @@ def read_torch_zip(descriptor: int, where: str, offset: int, size: int) -> Torch
             else:
                 result.records[entry.name] = region.read(data_at, end)
             at = end
-    if directory_at - at > _LONGEST_DESCRIPTOR:
-        raise region.bad("there is a gap before its directory")
+    if not at <= directory_at <= at + _LONGEST_DESCRIPTOR:
+        raise region.bad("its directory overlaps a record or follows a gap")
     result.literals.append((offset + start, region.read(start, size)))
     return result
 
@@ -124,8 +124,6 @@ class _Entry(NamedTuple):
     header_at: int
     nbytes: int
     name: str
-    limit: int = 0
-    """Where the next one begins."""
 
     @property
     def is_storage(self) -> bool:
@@ -211,11 +209,7 @@ def _read_directory(region: _Region) -> tuple[list[_Entry], int]:
         raise region.bad(f"its directory has {len(entries)} records where {count} are announced")
     if len({entry.name for entry in entries}) < len(entries):
         raise region.bad("two of its records have one name")
-    entries.sort()
-    limits = [*(entry.header_at for entry in entries[1:]), begin]
-    return [
-        entry._replace(limit=limit) for entry, limit in zip(entries, limits, strict=True)
-    ], begin
+    return sorted(entries), begin
 
 
 def _parse_directory(region: _Region, directory: bytes) -> list[_Entry]:

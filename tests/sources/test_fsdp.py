@@ -365,10 +365,13 @@ def alone(directory, state):
 def test_adapters(tmp_path):
     weight = torch.zeros(2, 2)
     only = {"base_model.model.layers.0.q.lora_A.default.weight": weight}
-    assert "weights of a LoRA adapter" in (message := refused(alone(tmp_path / "only", only)))
-    assert message.endswith("merge the adapter into its base model first")
+    assert "lora_A.default.weight' belongs to an adapter (LoRA); merge it into its base" in (
+        refused(alone(tmp_path / "only", only))
+    )
     wrapped = {"base_model.model.layers.0.q.base_layer.weight": weight}
-    assert "base_layer.weight" in refused(alone(tmp_path / "wrapped", wrapped))
+    assert "base_layer.weight' belongs to an adapter" in (
+        refused(alone(tmp_path / "wrapped", wrapped))
+    )
     beside = alone(tmp_path / "beside", {"layers.0.q.weight": weight})
     open_step(beside)
     (beside / "lora_adapter").mkdir()
@@ -404,6 +407,16 @@ def test_what_is_no_tensor_stays_in_the_file(tmp_path):
     assert list(checkpoint.tensors) == ["w"]
     (file,) = checkpoint.weights_files
     assert rebuilt(checkpoint, file) == (directory / file.relative_path).read_bytes()
+
+
+def test_tensors_with_attributes(tmp_path):
+    state = {"w": torch.arange(3.0), "p": torch.nn.Parameter(torch.ones(2))}
+    for tensor_ in state.values():
+        tensor_.note = "of the trainer"
+    checkpoint = open_step(alone(tmp_path / "noted", state))
+    for name, tensor_ in state.items():
+        data = tensor_.detach().numpy().tobytes()
+        assert assembled(checkpoint.tensors[name]).tobytes() == data
 
 
 def test_a_file_that_is_mostly_padding_is_not_kept(tmp_path, monkeypatch):

@@ -100,8 +100,8 @@ def test_no_weights(tmp_path):
         r"model.safetensors.index.json in ., huggingface, actor/huggingface, .*; shard-\*",
     ):
         find_checkpoints(tmp_path)
-    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"found FSDP shards \(.*\) in actor; merge to safeten"):
+    (actor / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"found PyTorch weights \(.*\) in actor; convert to "):
         find_checkpoints(tmp_path)
     assert len(find_checkpoints(tmp_path, steps=parse_steps("1")).checkpoints) == 1
 

@@ -6,7 +6,9 @@ no test process has a process group or imports torch for it.
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import sys
 import traceback
 import warnings
@@ -19,6 +21,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -28,6 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.make_checkpoints import SIDE_FILES
+from tests.torch_writers.lies import LIES
 
 
 class Layers(nn.Module):
@@ -215,6 +220,46 @@ RUNS: tuple[tuple[int, Callable[[Path], None]], ...] = (
 )
 
 
+def read_again(out: Path) -> None:
+    """What torch itself reads of one of the checkpoints: the model, and the metadata."""
+    source = out / "prime_rl/checkpoints/step_2/trainer"
+    merged = out / "merged"
+    merged.mkdir()
+    dcp_to_torch_save(source, merged / "all.pt")
+    model = torch.load(merged / "all.pt", weights_only=False)["app"]["model"]
+    save_file(model, merged / "model.safetensors")
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    told = {
+        "chunks": {
+            key: [[list(chunk.offsets), list(chunk.sizes)] for chunk in entry.chunks]
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        },
+        "regions": [
+            [place.relative_path, place.offset, place.length]
+            for place in metadata.storage_data.values()
+        ],
+    }
+    (merged / "metadata.json").write_text(json.dumps(told))
+
+
+def tell_lies(out: Path) -> None:
+    """Metadata of one of the checkpoints, changed; a file per change, by its number."""
+    data = (out / "nemo_rl/step_1/policy/weights/.metadata").read_bytes()
+    (out / "lies").mkdir()
+    for number, change in enumerate(LIES):
+        metadata = pickle.loads(data)
+        scope = {
+            "m": metadata,
+            "w": metadata.state_dict_metadata["model.lm_head.weight"],
+            "first": next(iter(metadata.storage_data)),
+            "torch": torch,
+            "MetadataIndex": MetadataIndex,
+        }
+        exec(change, scope)
+        (out / f"lies/{number}").write_bytes(pickle.dumps(scope["m"]))
+
+
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
     for step, seed in ((0, 0), (1, 1), (2, 2)):
@@ -233,6 +278,8 @@ def main(out: Path) -> None:
         failed = [child for child in children if os.waitpid(child, 0)[1]]
         if failed:
             raise SystemExit(f"{write.__name__}: a rank failed")
+    read_again(out)
+    tell_lies(out)
 
 
 def _rank(world: int, rank: int, write: Callable[[Path], None], path: Path) -> int:
