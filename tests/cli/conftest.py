@@ -390,6 +390,7 @@ class FakeApi(types.ModuleType):
         cast: str | None = None,
         scheduler: str | Path | None = None,
         local_cluster: int | None = None,
+        download_dir: str | Path | None = None,
         progress: Progress | None = None,
     ) -> BuildSummary:
         return self._run("build_store", locals())

@@ -21,6 +21,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
         *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
+        *("--download-dir", "through"),
     )
     assert result.exit_code == 0, result.stderr
     assert api.calls == [
@@ -40,9 +41,22 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "cast": "bf16",
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
+                "download_dir": Path("through"),
             },
         )
     ]
+
+
+def test_places_on_the_hub_stay_text(api: FakeApi, run: Run) -> None:
+    run("build-store", "hf://org/base@v1", "hf://org/run", "run.store")
+    run("verify", "run.store", "--base", "hf://org/base")
+    arguments = [call[1] for call in api.calls]
+    assert [arguments[0][name] for name in ("base", "checkpoints", "store")] == [
+        "hf://org/base@v1",
+        "hf://org/run",
+        Path("run.store"),
+    ]
+    assert arguments[1]["base"] == "hf://org/base"
 
 
 RUN = (
