@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -20,13 +21,15 @@ import numpy as np
 from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
-from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
+from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
     CheckpointReader,
+    FoundCheckpoints,
     Naming,
     find_checkpoints,
     open_checkpoint,
@@ -67,6 +70,7 @@ def build(
     allow_nonfinite: bool,
     seed: int,
     cast: str | None = None,
+    replace_from: int | None = None,
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -107,9 +111,16 @@ def build(
             progress=progress,
         ) as executor,
     ):
+        todo, skipped = _steps_to_add(
+            writer,
+            found,
+            partial(found.open, naming=naming),
+            reader,
+            cast=bool(cast),
+            replace_from=replace_from,
+            progress=progress,
+        )
         committed = writer.store
-        stored_steps = committed.steps if committed else ()
-        todo, skipped = split_found(found.checkpoints, stored_steps)
         opened: Iterator[SourceCheckpoint] = (found.open(path, step, naming) for step, path in todo)
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
@@ -227,6 +238,80 @@ def split_found(
             stacklevel=2,
         )
     return todo, tuple(step for step, _ in found if step in known)
+
+
+OpenStep = Callable[[Path, int], SourceCheckpoint]
+
+
+def _steps_to_add(
+    writer: StoreWriter,
+    found: FoundCheckpoints,
+    open_step: OpenStep,
+    reader: CheckpointReader,
+    *,
+    cast: bool,
+    replace_from: int | None,
+    progress: Progress,
+) -> tuple[list[tuple[int, Path]], tuple[int, ...]]:
+    """Split what was found into steps to add and steps stored already, those replaced taken back.
+
+    Raises
+    ------
+    TrajectoryError
+        If stored steps are other ones than those found, and are not to be replaced.
+    """
+    store = writer.store
+    if store is None:
+        return split_found(found.checkpoints, ())
+    kept = tuple(step for step in store.steps if replace_from is None or step < replace_from)
+    todo, skipped = split_found(found.checkpoints, kept)
+    if todo and skipped:
+        again = [(step, path) for step, path in found.checkpoints if step in skipped]
+        _refuse_fork(store, again, open_step, reader, cast=cast)
+    if len(kept) == len(store.steps):
+        return todo, skipped
+    if not todo:
+        raise OptionError(
+            f"--replace-from {replace_from}: there are no steps from there on to put in the place "
+            "of those stored; to take them back alone, use drop"
+        )
+    # Those that come instead must be ones that can: what is taken back is gone.
+    for step, path in todo:
+        match_checkpoint(open_step(path, step), store.manifest.tensors, "", cast=cast)
+    dropped = writer.drop_after(kept[-1] if kept else 0)
+    progress.note(f"taken back, to be replaced: {describe_steps(dropped)}")
+    return todo, skipped
+
+
+def _refuse_fork(
+    store: Store,
+    again: Sequence[tuple[int, Path]],
+    open_step: OpenStep,
+    reader: CheckpointReader,
+    *,
+    cast: bool,
+) -> None:
+    """Refuse to go on where stored steps that are there `again` are other ones.
+
+    The last of them is looked at: what is appended follows it.
+
+    Raises
+    ------
+    TrajectoryError
+        Naming the first step that differs.
+    """
+
+    def differs(step: int, path: Path) -> bool:
+        return not is_stored(store, open_step(path, step), reader, cast=cast)
+
+    if not differs(*again[-1]):
+        return
+    step, path = next((step, path) for step, path in again if differs(step, path))
+    raise TrajectoryError(
+        f"step {step} in {path} is not the one that is stored: the run was taken up again before "
+        f"it (a fork). Give --replace-from {step} to take back the stored steps from there on and "
+        "store these instead, or name another STORE"
+    )
 
 
 def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> tuple[int, bool]:

@@ -142,8 +142,11 @@ ROOMS = {
     "documents": Room({"cards", "mixing", "request", "store", "writer"}),
     "mixing": Room({"fit", "model_writes", "request", "sketch", "store", "subspaces"}, {"numpy"}),
     "grid": Room({"request", "store"}, {"yaml"}),
+    "forks": Room(
+        {"blocks", "matching", "source_blocks", "sources", "store"}, {"numpy"} | CHECKSUM
+    ),
     # The stages.
-    "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
+    "build": Room(BELOW_STAGES | {"forks", "ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
     "hf_files": Room({"sources", "store"}),
     "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(

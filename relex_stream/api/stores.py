@@ -43,6 +43,7 @@ def build_store(
     allow_nonfinite: bool = False,
     seed: int = 0,
     cast: str | None = None,
+    replace_from: int | None = None,
     scheduler: AnyPath | None = None,
     local_cluster: int | None = None,
     download_dir: AnyPath | None = None,
@@ -88,6 +89,9 @@ def build_store(
     cast : str, optional
         ``"bf16"``: round weights that the base has in BF16 and the checkpoints in F32 to BF16, to
         nearest even, on the way in. The store then keeps those, and not the bits of the files.
+    replace_from : int, optional
+        Take back the stored steps from this one on, and store those of `checkpoints` instead: those
+        of a run that was taken up again before it.
     scheduler : str or path, optional
         Do the work on a dask.distributed cluster: the address of its scheduler
         (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
@@ -128,6 +132,7 @@ def build_store(
         "allow_nonfinite": allow_nonfinite,
         "seed": seed,
         "cast": cast,
+        "replace_from": replace_from,
         "scheduler": None if scheduler is None else os.fspath(scheduler),
         "local_cluster": local_cluster,
         "progress": progress,

@@ -76,6 +76,13 @@ if TYPE_CHECKING:
 )
 @options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @click.option(
+    "--replace-from",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
+    "was taken up again.",
+)
+@click.option(
     "--download-dir",
     type=options.PATH,
     metavar="DIRECTORY",
@@ -102,6 +109,7 @@ def command(
     allow_nonfinite: bool,
     seed: int,
     cast: str | None,
+    replace_from: int | None,
     download_dir: Path | None,
     scheduler: str | None,
     local_cluster: int | None,
@@ -134,6 +142,7 @@ def command(
             allow_nonfinite=allow_nonfinite,
             seed=seed,
             cast=cast,
+            replace_from=replace_from,
             scheduler=scheduler,
             local_cluster=local_cluster,
             download_dir=download_dir,

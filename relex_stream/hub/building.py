@@ -32,6 +32,7 @@ def build_from_hub(
     steps: str | None,
     download_dir: Path | None,
     source: str,
+    replace_from: int | None,
     include_base: bool,
     progress: Progress | None,
     **options: Any,
@@ -51,6 +52,11 @@ def build_from_hub(
         raise OptionError(
             f"--source {source}: of the Hub's files only safetensors are read; fetch the others "
             "yourself and give their directory"
+        )
+    if replace_from is not None:
+        raise OptionError(
+            f"--replace-from {replace_from} is for directories; take the steps back with "
+            f"relex-stream drop --after {replace_from - 1}, then build again"
         )
     url = parse_hub(checkpoints)
     download_dir = download_dir or store.parent / f"{store.name}.download"

@@ -374,26 +374,9 @@ class FakeApi(types.ModuleType):
             progress.finish()
         return self.results[name]
 
-    def build_store(
-        self,
-        base: str | Path,
-        checkpoints: str | Path,
-        store: str | Path,
-        *,
-        pattern: str | None = None,
-        steps: str | None = None,
-        memory_limit: int | None = None,
-        workers: int | None = None,
-        include_base: bool = False,
-        allow_nonfinite: bool = False,
-        seed: int = 0,
-        cast: str | None = None,
-        scheduler: str | Path | None = None,
-        local_cluster: int | None = None,
-        download_dir: str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> BuildSummary:
-        return self._run("build_store", locals())
+    def build_store(self, base: Path, checkpoints: Path, store: Path, **asked: Any) -> BuildSummary:
+        places = {"base": base, "checkpoints": checkpoints, "store": store}
+        return self._run("build_store", {"self": self, **places, **asked})
 
     def analyze(self, store: Path, **asked: Any) -> AnalyzeSummary:
         return self._run("analyze", {"self": self, "store": store, **asked})

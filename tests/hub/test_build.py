@@ -469,3 +469,10 @@ def test_a_base_that_may_not_be_read(hub: FakeHub, run: Trajectory, tmp_path: Pa
 def test_a_directory_for_downloads_needs_downloads(run: Trajectory, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--download-dir is for checkpoints of the Hub"):
         rs.build_store(run.base, run.checkpoints, tmp_path / "store", download_dir=tmp_path / "x")
+
+
+def test_options_that_are_for_directories(run: Trajectory, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--source dcp: of the Hub's files only safetensors are"):
+        build(run, tmp_path / "store", source="dcp")
+    with pytest.raises(OptionError, match="take the steps back with relex-stream drop --after 19"):
+        build(run, tmp_path / "store", replace_from=20)
