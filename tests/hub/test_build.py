@@ -194,7 +194,7 @@ def test_segments_of_a_file_are_fetched_once(
 
 
 @pytest.mark.usefixtures("one_by_one")
-@pytest.mark.parametrize("what", ["content", "length", "journal", "torn"])
+@pytest.mark.parametrize("what", ["content", "shorter", "longer", "journal", "torn"])
 def test_what_was_left_is_not_trusted(
     published: FakeHub, run: Trajectory, tmp_path: Path, what: str
 ) -> None:
@@ -211,8 +211,10 @@ def test_what_was_left_is_not_trusted(
     if what == "content":
         data[-1] ^= 1
         shard.write_bytes(data)
-    elif what == "length":
+    elif what == "shorter":
         shard.write_bytes(data[:-1])
+    elif what == "longer":
+        shard.write_bytes(data + b"x")
     elif what == "journal":
         (home / "journal").unlink()
     else:

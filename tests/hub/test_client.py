@@ -76,10 +76,11 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_sends_us(
 
 
 def test_a_broken_transfer_goes_on_where_it_ended(hub: FakeHub, commit: str) -> None:
-    hub.fault = lambda request: -3000 if "/cdn/" in request.path else None
+    hub.fault = lambda request: -1000 if "/cdn/" in request.path else None
     assert fetched(HubClient(), commit, 0, 10_000) == CONTENT[WEIGHTS][:10_000]
     starts = [request.range.split("-")[0] for request in hub.asked("/cdn/") if request.range]
-    assert starts == ["bytes=0", "bytes=3000", "bytes=6000", "bytes=9000"]
+    # More often than a request is made again that brings nothing.
+    assert starts == [f"bytes={start}" for start in range(0, 10_000, 1000)]
 
 
 def test_transfers_that_bring_nothing_end(hub: FakeHub, commit: str) -> None:
