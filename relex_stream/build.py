@@ -438,6 +438,7 @@ class _Job:
             widest,
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
+            max((place.table.file.size for place in places), default=0),
         )
         return planner.make_plan([stage], self.capacity, shared_bytes=shared)
 

@@ -77,3 +77,6 @@ def assert_rebuilds(checkpoint: SourceCheckpoint, wanted: Mapping[str, Elements]
         path = Path(checkpoint.directory) / file.relative_path
         assert rebuilt == path.read_bytes(), file.relative_path
         assert file.size == len(rebuilt)
+        for part in file.parts:
+            # A box that is all of the tensor, or none of it, would be told in two ways.
+            assert part.box is None or 0 < np.prod(part.box.shape) < wanted[part.tensor].size

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATTERN=REPLACEMENT",
     help="A regular expression and what replaces its matches in names of tensors in the "
-    "checkpoints, like '^transformer\\.=model.'. May be given several times.",
+    "checkpoints, like '^transformer=model'. May be given several times.",
 )
 @options.memory_limit
 @options.workers

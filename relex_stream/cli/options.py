@@ -127,7 +127,7 @@ class NameMap(click.ParamType[tuple[str, str]]):
         pattern, equals, replacement = value.rpartition("=")
         if not equals or not pattern:
             self.fail(
-                rf"{value!r} is not PATTERN=REPLACEMENT, like '^model\.=transformer.'", param, ctx
+                f"{value!r} is not PATTERN=REPLACEMENT, like '^transformer=model'", param, ctx
             )
         return pattern, replacement
 

@@ -13,7 +13,11 @@ from .pickles import Known, Made
 from .strict_json import shown
 from .torch_file import StoredView, are_sizes
 
-_MOST_NESTED = 8
+# Far more than any mesh has: what is small in a pickle may be met in it very often.
+_MOST_DIMENSIONS = 8
+_MOST_NESTED = 2
+_MOST_RANKS = 1 << 17
+_MOST_MESHES = 10_000
 
 
 class DTensor(NamedTuple):
@@ -49,6 +53,8 @@ class Meshes:
             If it is of a form that is not known, or the rank is not in it, with a clause.
         """
         if mesh not in self._found:
+            if len(self._found) == _MOST_MESHES:
+                raise ValueError(f"it is on one of more than {_MOST_MESHES} meshes; {_MERGE}")
             self._found[mesh] = _coordinate(mesh, self.rank)
         return self._found[mesh]
 
@@ -113,7 +119,7 @@ def _check_order(order: object) -> None:
     """Check that mesh dimensions cut the tensor in their own order (torch 2.10 and later)."""
     if order is None:
         return
-    if type(order) is not tuple:
+    if type(order) is not tuple or len(order) > _MOST_DIMENSIONS:
         raise ValueError(f"its shard order is {shown(order)}")
     for entry in order:
         dimensions = entry.args[1] if type(entry) is Made and len(entry.args) == 2 else None
@@ -128,8 +134,10 @@ def _coordinate(mesh: Made, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
     else:
         whole, ranks = mesh.get("mesh"), mesh.get("_flatten_mesh_list")
         shape = whole.shape if isinstance(whole, StoredView) else ()
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"its mesh has {len(shape)} dimensions")
         axes = [[(size, math.prod(shape[index + 1 :]))] for index, size in enumerate(shape)]
-    if type(ranks) is not tuple or rank not in ranks:
+    if type(ranks) is not tuple or len(ranks) > _MOST_RANKS or rank not in ranks:
         raise ValueError(f"rank {rank} is not in its mesh of ranks {shown(ranks)}")
     if not all(type(member) is int for member in ranks) or list(ranks) != sorted(set(ranks)):
         # Process groups sort their ranks, and torch takes the place in the group for that in the
@@ -139,7 +147,7 @@ def _coordinate(mesh: Made, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
     position = ranks.index(rank)
     coordinate = tuple(_index(axis, position) for axis in axes)
     noted = mesh.get("_coordinate_on_dim")
-    if type(noted) in (list, tuple) and tuple(noted) != coordinate:  # type: ignore[arg-type]
+    if isinstance(noted, list | tuple) and (*noted[:_MOST_DIMENSIONS],) != coordinate:
         raise ValueError(
             f"it was saved by the rank at {shown(noted)} of its mesh, where rank {rank} is at "
             f"{list(coordinate)}; give the file its own name back"
@@ -174,14 +182,18 @@ def _axes(layout: object) -> list[_Axis]:
     if type(layout) is not Made:
         raise ValueError("its mesh has no layout")
     axes = layout.get("axes")
-    if type(axes) is tuple:  # since torch 2.13
+    if type(axes) is tuple and len(axes) <= _MOST_DIMENSIONS:  # since torch 2.13
         pairs = [
             (axis.get("shape"), axis.get("stride")) if type(axis) is Made else (None, None)
             for axis in axes
         ]
     else:
         shape, stride = layout.get("shape"), layout.get("stride")
-        if type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride):
+        if (
+            type(shape) is tuple
+            and type(stride) is tuple
+            and len(shape) == len(stride) <= _MOST_DIMENSIONS
+        ):
             pairs = list(zip(shape, stride, strict=True))
         else:
             pairs = [(shape, stride)]
@@ -194,7 +206,7 @@ def _flattened(shape: object, stride: object, depth: int = 0) -> _Axis:
     if (
         type(shape) is tuple
         and type(stride) is tuple
-        and len(shape) == len(stride) <= _MOST_NESTED
+        and len(shape) == len(stride) <= _MOST_DIMENSIONS
         and depth < _MOST_NESTED
     ):
         return [

@@ -84,4 +84,4 @@ def _tracked(path: Path) -> int | None:
         text = path.read_bytes()[:64].decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return int(text) if text.isdecimal() and len(text) <= 18 else None
+    return int(text) if text.isdecimal() else None

@@ -25,12 +25,13 @@ from .directories import list_names, summarise
 from .dtensor import DTENSORS, DTensor, Meshes, local_box
 from .file_parts import lay_out
 from .naming import Naming
+from .pickles import collector_paused
 from .pieces import join_pieces
 from .quantised import refuse_quantised
 from .recognised import refuse_adapter
 from .strict_json import parse_object, shown
 from .surroundings import look_around
-from .torch_file import StoredView, TorchObject, read_torch_file
+from .torch_file import StoredView, read_torch_file
 
 CONFIG_FILE = "fsdp_config.json"
 MODEL_DIRECTORY = "huggingface"
@@ -68,7 +69,7 @@ class _RankFile(NamedTuple):
 
     path: Path
     status: os.stat_result
-    content: TorchObject
+    literals: tuple[tuple[int, bytes], ...]
     tensors: dict[str, _Local]
 
 
@@ -77,6 +78,7 @@ def holds_shards(directory: Path) -> bool:
     return directory.is_dir() and any(map(_SHARD.fullmatch, list_names(directory)))
 
 
+@collector_paused()
 def open_shards(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
     """Open a directory of ``model_world_size_W_rank_R.pt``, one file per rank.
 
@@ -179,7 +181,7 @@ def _find_ranks(directory: Path, names: Iterable[str]) -> list[str]:
 
 
 def _noted_world(path: Path) -> int | None:
-    """Return the number of ranks that verl noted, None where it did not (before 0.4)."""
+    """Return the number of ranks that verl noted, None where it did not: old versions."""
     try:
         if not path.is_file():
             return None
@@ -211,7 +213,7 @@ def _read_rank(path: Path, rank: int) -> _RankFile:
             tensors[name] = _local(name, value, meshes)
         except ValueError as error:
             raise SourceError(f"{path}: tensor {shown(name)}: {error}") from None
-    return _RankFile(path, status, content, tensors)
+    return _RankFile(path, status, content.literals, tensors)
 
 
 def _local(name: str, value: StoredView | DTensor, meshes: Meshes) -> _Local:
@@ -280,7 +282,7 @@ def _weights_file(file: _RankFile, called: Mapping[str, str]) -> WeightsFile:
     )
     size, modified = file.status.st_size, file.status.st_mtime_ns
     with _reading(file.path) as read:
-        parts = lay_out(size, file.content.literals, tensors, read)
+        parts = lay_out(size, file.literals, tensors, read)
     return WeightsFile(file.path.name, size, modified, parts)
 
 

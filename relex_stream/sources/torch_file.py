@@ -21,6 +21,7 @@ from .torch_zip import PICKLE, Span, read_torch_zip
 
 _MAX_DIMENSIONS = 64
 _MAX_INTEGER = 2**63 - 1
+_MOST_ARGUMENTS = 8
 
 
 class StoredView(NamedTuple):
@@ -173,7 +174,7 @@ def _storage_finder(storages: Mapping[str, Span]) -> Callable[[object], _Storage
 
 def _rebuild_tensor(args: tuple[object, ...]) -> StoredView:
     """Stand in for ``_rebuild_tensor_v2`` and ``_v3``, whose arguments these are."""
-    if len(args) < 4 or not isinstance(args[0], _Storage):
+    if not 4 <= len(args) <= _MOST_ARGUMENTS or not isinstance(args[0], _Storage):
         raise ValueError("it has a tensor without a storage")
     storage, (begin, shape, strides), extra = args[0], args[1:4], args[6:]
     dtype = storage.dtype

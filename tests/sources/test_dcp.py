@@ -12,7 +12,8 @@ import pytest
 from relex_stream.errors import SourceError
 from relex_stream.sources import Naming, find_checkpoints
 from relex_stream.sources.dcp import holds_dcp, open_dcp
-from relex_stream.sources.dcp_metadata import Region, read_metadata
+from relex_stream.sources.dcp_metadata import Region, SavedTensor, read_metadata
+from relex_stream.specs import Box
 from tests.split_checkpoints import assert_holds, assert_rebuilds, whole_model
 from tests.torch_writers.lies import LIES
 
@@ -192,6 +193,42 @@ def test_metadata_is_what_torch_says(torch_checkpoints):
     regions = {region for tensor in metadata.tensors.values() for region in tensor.chunks.values()}
     assert regions | {*metadata.other} == {Region(*place) for place in told["regions"]}
     assert metadata.other
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        ("transposed", r"__0_0\.distcp, tensor 'w': its elements do not lie in row-major order"),
+        ("quantised", "the weights are quantised: tensor 'w' is F8_E4M3"),
+    ],
+)
+def test_tensors_that_are_not_read_are_refused(torch_checkpoints, run, problem):
+    with pytest.raises(SourceError, match=problem):
+        open_dcp(torch_checkpoints / f"alone/{run}/step-1", 1, Naming(frozenset({"w", "w_scale"})))
+
+
+def test_two_parts_of_a_tensor_in_one_safetensors_file_are_refused(torch_checkpoints, monkeypatch):
+    # The writer would have put only the second into the file.
+    path = torch_checkpoints / "alone/safetensors/step-1"
+    metadata = read_metadata(path)
+    head = metadata.tensors["lm_head.weight"]
+    ((box, region),) = head.chunks.items()
+    both = {box: region, Box((13, 0), box.shape): region}
+    metadata.tensors["lm_head.weight"] = SavedTensor(head.dtype, (26, 6), both)
+    monkeypatch.setattr("relex_stream.sources.dcp.read_metadata", lambda _: metadata)
+    with pytest.raises(SourceError, match="holds only one of several parts of a tensor; save"):
+        open_dcp(path, 1, Naming(frozenset(metadata.tensors)))
+
+
+def test_the_models_own_directory_beside_the_weights_is_kept(torch_checkpoints, tmp_path):
+    path = shutil.copytree(torch_checkpoints / "alone/plain/step-1", tmp_path / "x")
+    (path / "huggingface").mkdir()
+    (path / "huggingface/config.json").write_text("{}")
+    (path / "elsewhere").mkdir()
+    (path / "elsewhere/config.json").write_text("{}")
+    wanted = frozenset(whole_model(torch_checkpoints / "whole_bf16/step_1"))
+    checkpoint = open_dcp(path, 1, Naming(wanted))
+    assert checkpoint.side_files == (".metadata", "huggingface/config.json")
 
 
 def test_a_safetensors_file_of_other_tensors_is_refused(torch_checkpoints, tmp_path):

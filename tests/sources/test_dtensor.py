@@ -8,6 +8,7 @@ import pytest
 
 from relex_stream.errors import SourceError
 from relex_stream.sources.dtensor import DTENSORS, DTensor, Meshes, local_box
+from relex_stream.sources.pickles import Made
 from relex_stream.sources.torch_file import read_torch_file
 from relex_stream.specs import Box
 from tests.torch_writers.by_hand import Call, Name, tensor, write_archive
@@ -207,6 +208,8 @@ def shard(dim=0):
         ({"_flatten_rank_map": (0, 1, 2)}, "its mesh of 3 ranks has a form that is not read"),
         ({"_flatten_rank_map": None}, "rank 0 is not in its mesh of ranks None"),
         ({"_layout": 3}, "its mesh has no layout"),
+        ({"_flatten_rank_map": tuple(range(1 << 17 | 1))}, "rank 0 is not in its mesh of ranks"),
+        ({"_coordinate_on_dim": (0,) * 9}, "it was saved by the rank at (0, 0"),
     ],
 )
 def test_meshes_that_lie(path, change, problem):
@@ -226,13 +229,37 @@ def test_layouts_in_which_a_rank_has_no_place(path, shape, stride):
     assert "has a form that is not read" in refused(path, value, (4,))
 
 
-@pytest.mark.parametrize("layout", [{"shape": "2", "stride": 1}, {"axes": (3,)}, {}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"shape": "2", "stride": 1},
+        {"axes": (3,)},
+        {},
+        {"shape": (1,) * 9, "stride": (1,) * 9},
+        {"axes": (flat_layout((2,), (2,)),) * 9},
+        {"shape": ((((2,),),),), "stride": ((((1,),),),)},
+    ],
+)
 def test_layouts_that_are_none(path, layout):
     mesh = mesh_of("2.12", (4,), (0,))
     mesh.state["_layout"].state.clear()
     mesh.state["_layout"].state.update(layout)
     value = dtensor_of("2.12", (4,), (1,), mesh, shard())
     assert "its mesh has a layout that is not read" in refused(path, value, (1,))
+
+
+def test_more_dimensions_or_meshes_than_any_model_has(path):
+    replicate = (placement("2.4", "Replicate"),) * 9
+    value = dtensor_of("2.4", (4,), (4,), mesh_of("2.4", (4, *(1,) * 8), (0,) * 9), replicate)
+    assert "its mesh has 9 dimensions" in refused(path, value, (4,))
+    loaded = load(path, dtensor_of("2.13", (4,), (1,), mesh_of("2.13", (4,), (0,)), shard()), (1,))
+    meshes = Meshes(0)
+    for _ in range(10_000):
+        mesh = Made(loaded.spec.get("mesh").by, ())
+        mesh.state = loaded.spec.get("mesh").state
+        meshes.find(mesh)
+    with pytest.raises(ValueError, match="one of more than 10000 meshes; merge"):
+        meshes.find(loaded.spec.get("mesh"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import relex_stream as rs
 from relex_stream.errors import SourceError
 from relex_stream.sources import find_checkpoints
 from relex_stream.sources.fsdp import holds_shards, open_shards
@@ -256,6 +257,23 @@ def test_found_among_layouts(written, tmp_path):
     assert holds_shards(run / "global_step_10" / "actor")
     assert not holds_shards(run / "global_step_10")
     assert not holds_shards(run / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["plain", "fsdp2_3", "hsdp"])
+def test_a_store_gives_the_files_back(written, tmp_path, name):
+    out = tmp_path / "out"
+    rs.build_store(written / "base", written / name, tmp_path / "run.store")
+    rs.export(tmp_path / "run.store", out, step=1)
+    actor = written / name / "global_step_1/actor"
+    kept = [
+        path.relative_to(actor)
+        for path in actor.rglob("*")
+        if path.is_file() and not path.name.startswith(("optim_", "extra_state_"))
+    ]
+    given = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    assert sorted(given) == sorted(kept)
+    for path in kept:
+        assert (out / path).read_bytes() == (actor / path).read_bytes()
 
 
 def test_names_of_the_base(written):

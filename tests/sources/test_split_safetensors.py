@@ -101,6 +101,8 @@ def test_empty_parts_are_left_out(tmp_path):
     assert checkpoint.tensors["none"].spec.shape == (0, 3)
     assert not checkpoint.tensors["w"].pieces
     assert checkpoint.copies == {}
+    parts = [part.tensor for file in checkpoint.weights_files for part in file.parts]
+    assert parts == [None, "w", None]
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,7 @@ def rebuilt_from(*arguments):
         (Pointer((*STORAGE[:4], -6)), "storage 0 has 24 bytes where -6 elements belong"),
         (rebuilt_from("no storage", 0, (1,), (1,)), "a tensor without a storage"),
         (rebuilt_from(), "a tensor without a storage"),
+        (rebuilt_from(Pointer(STORAGE), *range(9)), "a tensor without a storage"),
         (rebuilt_from(Pointer(STORAGE), 1, (6,), (1,)), "reaches out of its storage"),
         (rebuilt_from(Pointer(STORAGE), 0, (2, 3), (4, 1)), "reaches out of its storage"),
         (rebuilt_from(Pointer(STORAGE), 0, (2**31 - 1,) * 3, (1, 1, 1)), "reaches out"),

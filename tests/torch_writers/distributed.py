@@ -205,6 +205,12 @@ def alone(out: Path) -> None:
     }
     for writer in writers.values():
         dcp.save(state, storage_writer=writer, no_dist=True)
+    others = {
+        "transposed": {"w": torch.arange(6.0).reshape(2, 3).t()},
+        "quantised": {"w": torch.ones(2, 3).to(torch.float8_e4m3fn), "w_scale": torch.ones(2)},
+    }
+    for name, tensors in others.items():
+        dcp.save(tensors, checkpoint_id=out / f"{name}/step-1", no_dist=True)
     with_bytes = {"extra": {"note": "text", "numbers": [1, 2]}, "model": state}
     dcp.save(with_bytes, checkpoint_id=out / "bytes/step-1", no_dist=True)
 

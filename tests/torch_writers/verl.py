@@ -151,6 +151,7 @@ def main(out: Path) -> None:
     warnings.simplefilter("ignore")
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         write_base(out / f"whole_{name}", Model(1, dtype))
+    write_base(out / "base", Model(0, torch.float32))
     for world, write in WORLDS:
         children = []
         for rank in range(world):
