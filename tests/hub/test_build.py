@@ -427,7 +427,9 @@ def test_a_base_stays_in_the_cache_of_the_hub(
     assert len(list((tmp_path / "hf").rglob("blobs/*"))) == len(list(run.base.iterdir()))
     check_exports(run, tmp_path / "store", (10, 20, 30))
     published.requests.clear()
-    rs.build_store(RUN, run.checkpoints, tmp_path / "store")
+    again = Notes()
+    rs.build_store(RUN, run.checkpoints, tmp_path / "store", progress=again)
+    assert "fetch base org/run" not in again.stages
     rs.export(tmp_path / "store", tmp_path / "out", step=40, base=RUN)
     rs.extrapolate(tmp_path / "store", tmp_path / "model", target_steps=[60], base=RUN)
     assert not published.asked("/cdn/")
