@@ -53,7 +53,7 @@ def fetch_base(url: HubUrl, progress: Progress | None = None, *, check: bool = T
     commit = client.commit_of(name, revision)
     step = HubStep(0, revision, commit, url.directory)
     place = find_weights(url, [step], lambda _: client.files(name, commit))[0]
-    with client.explaining(str(url)):
+    with client.explaining(f"{name}@{revision}"):
         shards = None
         if index := place.files.get(INDEX_FILE):
             # By its branch and not its commit: the cache then knows the branch in offline mode too.

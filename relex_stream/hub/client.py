@@ -199,7 +199,10 @@ class HubClient:
 
     @contextmanager
     def explaining(self, what: str) -> Iterator[None]:
-        """Return a context in which errors of huggingface_hub become one line, a `HubError`."""
+        """Return a context in which errors of huggingface_hub become one line, a `HubError`.
+
+        `what` begins with the name of the repository.
+        """
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
@@ -301,7 +304,7 @@ class HubClient:
         elif isinstance(error, errors.HfHubHTTPError):
             text = self._explain_status(error)
         else:
-            reason = str(error) or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             text = f"{self.endpoint} cannot be reached ({reason}); check the network, then {_GO_ON}"
         raise HubError(f"{what}: {text}") from error
 

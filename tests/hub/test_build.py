@@ -466,7 +466,7 @@ def test_a_base_that_may_not_be_read(hub: FakeHub, run: Trajectory, tmp_path: Pa
     repository = hub.add("org/base")
     repository.commit(content_of(run.base), branch="main")
     hub.fault = lambda request: 403 if "/cdn/" in request.path else None
-    with pytest.raises(HubError, match=r"hf://org/base: the token may not read it"):
+    with pytest.raises(HubError, match=r"^org/base@main: the token may not read it"):
         rs.build_store("hf://org/base", run.checkpoints, tmp_path / "store")
 
 
