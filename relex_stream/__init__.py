@@ -3,7 +3,7 @@
 ``build_store`` compresses a base model and its checkpoints, ``export`` gives a stored step back
 byte for byte, ``extrapolate`` predicts a later one (RELEX, arXiv 2605.21468), ``reconstruct``
 projects a stored one into its subspace, ``combine`` sums stored ones, ``sweep`` does any of it for
-grids of settings. ``import relex_stream`` loads
+grids of settings; ``watch`` follows a run while it is trained. ``import relex_stream`` loads
 nothing heavy: each public name is imported when it is first used (PEP 562).
 """
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         report,
         sweep,
         verify,
+        watch,
     )
     from relex_stream.errors import (
         ClusterError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         RelexStreamError,
         RelexStreamWarning,
         SourceError,
+        StoreBusyError,
         StoreError,
         TrajectoryError,
     )
@@ -63,6 +65,7 @@ __all__ = [
     "RelexStreamError",
     "RelexStreamWarning",
     "SourceError",
+    "StoreBusyError",
     "StoreError",
     "TrajectoryError",
     "__version__",
@@ -80,6 +83,7 @@ __all__ = [
     "report",
     "sweep",
     "verify",
+    "watch",
 ]
 
 _HOMES = {
@@ -99,6 +103,7 @@ _HOMES = {
         "report",
         "sweep",
         "verify",
+        "watch",
     ),
     "relex_stream.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
 }

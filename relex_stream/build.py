@@ -21,11 +21,12 @@ import numpy as np
 from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
+from relex_stream.cast_savings import cast_savings
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
 from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
-from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
+from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
     CheckpointReader,
@@ -35,7 +36,6 @@ from relex_stream.sources import (
     open_checkpoint,
     parse_steps,
 )
-from relex_stream.sources.checkpoint import INDEX_FILE
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
@@ -48,7 +48,7 @@ from relex_stream.store.records import (
     StoredTensor,
     place_tensors,
 )
-from relex_stream.summaries import BuildSummary, Plan, StagePlan
+from relex_stream.summaries import BuildSummary, CastSavings, Plan, StagePlan
 from relex_stream.warmup import warm_up_encoding
 
 _Place = TypeVar("_Place")
@@ -180,6 +180,7 @@ def build(
         assert finished is not None
         return _summary(
             finished,
+            savings=cast_savings(finished, places, reader),
             layout=found.layout,
             added=added,
             skipped=skipped,
@@ -342,16 +343,9 @@ def _keep_files(
     writer: StoreWriter, checkpoint: SourceCheckpoint, *, is_cast: bool = False
 ) -> tuple[FileEntry, ...]:
     """Keep recipes of weights files that can be put together again, and the side files."""
-    entries = []
-    if not is_cast:
-        entries = [
-            writer.put_weights_file(file)
-            for file in checkpoint.weights_files
-            if file.parts is not None
-        ]
-    for name in checkpoint.side_files:
-        if is_cast and name == INDEX_FILE:
-            continue  # of files that cannot come back
+    weights_files, side_files = kept_files(checkpoint, is_cast=is_cast)
+    entries = [writer.put_weights_file(file) for file in weights_files]
+    for name in side_files:
         path = Path(checkpoint.directory) / name
         try:
             data = path.read_bytes()
@@ -595,6 +589,7 @@ class _Job:
 def _summary(
     store: Store,
     *,
+    savings: CastSavings | None,
     layout: str,
     added: Sequence[_Added],
     skipped: tuple[int, ...],
@@ -624,6 +619,7 @@ def _summary(
         changed_weights=changed,
         bits_per_changed_weight=8 * frame_bytes / changed if changed else 0.0,
         skipped_files=tuple(sorted({name for place in places for name in place.skipped_files})),
+        cast_savings=savings,
         peak_memory_bytes=peak_bytes,
         elapsed_s=elapsed_s,
         plan=plan,

@@ -148,6 +148,7 @@ def _nothing_added(path: Path) -> BuildSummary:
         skipped_files=(),
         peak_memory_bytes=0,
         elapsed_s=0.0,
+        cast_savings=None,
         plan=Plan(0, 0, 0, 0, 0, 0, ()),
     )
 

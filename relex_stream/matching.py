@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream.errors import TrajectoryError
+from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.pieces import PieceTable, Span, spans_of
-from relex_stream.specs import Piece, SourceCheckpoint, TensorPlace
+from relex_stream.sources.checkpoint import INDEX_FILE
+from relex_stream.specs import Piece, SourceCheckpoint, TensorPlace, WeightsFile
 from relex_stream.store.arrays import array_name
 from relex_stream.store.records import StoredTensor
 from relex_stream.ulp import FORMATS, can_widen
@@ -205,6 +206,20 @@ class CheckpointPlaces:
     skipped_files: tuple[str, ...]
 
 
+def kept_files(
+    checkpoint: SourceCheckpoint, *, is_cast: bool
+) -> tuple[tuple[WeightsFile, ...], tuple[str, ...]]:
+    """Return the files of a checkpoint that can be had from the store: of weights, and others.
+
+    Without those that also hold what is not kept, and those of weights that are cast.
+    """
+    if is_cast:
+        others = tuple(name for name in checkpoint.side_files if name != INDEX_FILE)
+        return (), others
+    whole = tuple(file for file in checkpoint.weights_files if file.parts is not None)
+    return whole, checkpoint.side_files
+
+
 def match_checkpoint(
     checkpoint: SourceCheckpoint,
     tensors: Sequence[StoredTensor],
@@ -222,6 +237,8 @@ def match_checkpoint(
     ------
     TrajectoryError
         If a tensor is missing, extra, or has another shape or dtype (but one that `cast` allows).
+    SourceError
+        If a side file is gone since the checkpoint was opened.
     """
     _refuse_other_tensors(checkpoint, tensors)
     places = [checkpoint.tensors.get(tensor.name) for tensor in tensors]
@@ -246,9 +263,14 @@ def match_checkpoint(
             is_cast = before.is_cast
         if copies is not None and before.copies is not None:
             copies = copies.sharing(before.copies)
-    side_bytes = sum(
-        (Path(checkpoint.directory) / name).stat().st_size for name in checkpoint.side_files
-    )
+    try:
+        side_bytes = sum(
+            (Path(checkpoint.directory) / name).stat().st_size for name in checkpoint.side_files
+        )
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename}: cannot be read: {error.strerror}; check that it is still there"
+        ) from error
     return CheckpointPlaces(
         step=checkpoint.step,
         name=name,
@@ -290,7 +312,7 @@ def _is_cast(
         )
     if not cast:
         raise TrajectoryError(
-            f"step {checkpoint.step}: {found}; give --as bf16, as for the steps before it"
+            f"step {checkpoint.step}: {found}; give --as bf16, as the store was begun"
         )
     return True
 

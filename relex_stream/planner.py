@@ -228,6 +228,16 @@ def copy_worker_bytes(shape: ModelShape) -> int:
     return blocks + codec_bytes(shape) + _frames_at_hand_bytes(shape)
 
 
+def compare_worker_bytes(shape: ModelShape) -> int:
+    """One worker of a comparison: what export has, and the block of the checkpoint, F32 if cast.
+
+    A copy of it, and where it differs.
+    """
+    wide = 4 * shape.largest_block
+    differences = shape.largest_block + 8 * shape.largest_block
+    return copy_worker_bytes(shape) + 2 * shape.largest_block_bytes + wide + differences
+
+
 def extrapolate_shared_bytes(
     shape: ModelShape,
     rows: int,

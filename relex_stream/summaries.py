@@ -90,9 +90,19 @@ class BuildSummary:
     bits_per_changed_weight: float
     skipped_files: tuple[str, ...]
     """Files in checkpoint directories that were left out (optimizer state and the like)."""
+    cast_savings: CastSavings | None
+    """What ``--as bf16`` would save, where checkpoints are F32 over a BF16 base; else None."""
     peak_memory_bytes: int
     elapsed_s: float
     plan: Plan
+
+
+@dataclass(frozen=True)
+class CastSavings:
+    """Bytes of one step's changes in F32, as stored, and about what they would be in BF16."""
+
+    f32_step_bytes: int
+    bf16_step_bytes: int
 
 
 @dataclass(frozen=True)
@@ -439,6 +449,59 @@ class VerifySummary:
     blobs: int
     bytes_read: int
     problems: tuple[str, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class WatchEvent:
+    """What `watch` has to say of a step, as it happens.
+
+    ``kind`` is one of
+
+    - ``"stored"``: it was appended and compared with its source; ``problems`` says how it differs.
+    - ``"verified"``: it was in the store already, and was compared with its source.
+    - ``"deleting"``: the weights ``files`` of its source are about to be removed.
+    - ``"waiting"``: it is not whole, or cannot be taken; ``message`` says what is wrong.
+    - ``"given-up"``: the same, and it is not waited for any more.
+    - ``"left-out"``: it came when the store held a later step.
+    - ``"would-store"``, ``"would-delete"``: with ``dry_run``.
+    """
+
+    time: str
+    """ISO 8601, local time with its offset."""
+    kind: str
+    step: int
+    message: str = ""
+    bytes_in: int = 0
+    """Bytes of the checkpoint, weights and side files."""
+    bytes_stored: int = 0
+    """Bytes of the step's frames and record in the store."""
+    ratio: float = 0.0
+    elapsed_s: float = 0.0
+    """Seconds from the start of its append to the end of its verification."""
+    verified: bool = False
+    problems: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Paths below the directory of the checkpoints."""
+    bytes_deleted: int = 0
+
+
+@dataclass(frozen=True)
+class WatchSummary:
+    """What `watch` did until it ended. ``ended`` says why: see `relex_stream.watch`."""
+
+    store: str
+    ended: str
+    steps_added: tuple[int, ...]
+    steps_verified: tuple[int, ...]
+    steps_differing: tuple[int, ...]
+    """Steps whose source differs from what is stored; nothing of them was deleted."""
+    steps_deleted: tuple[int, ...]
+    """Steps whose source weights were deleted."""
+    steps_given_up: tuple[int, ...]
+    bytes_in: int
+    bytes_stored: int
+    bytes_deleted: int
     elapsed_s: float
 
 

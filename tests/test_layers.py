@@ -122,7 +122,7 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
-    "matching": Room({"pieces", "ulp", "store"}, {"numpy"}),
+    "matching": Room({"pieces", "sources", "ulp", "store"}, {"numpy"}),
     "source_blocks": Room(
         {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
     ),
@@ -142,11 +142,17 @@ ROOMS = {
     "documents": Room({"cards", "mixing", "request", "store", "writer"}),
     "mixing": Room({"fit", "model_writes", "request", "sketch", "store", "subspaces"}, {"numpy"}),
     "grid": Room({"request", "store"}, {"yaml"}),
+    "cast_savings": Room(
+        {"blocks", "matching", "source_blocks", "sources", "store", "ulp"}, {"numpy"}
+    ),
     "forks": Room(
         {"blocks", "matching", "source_blocks", "sources", "store"}, {"numpy"} | CHECKSUM
     ),
     # The stages.
-    "build": Room(BELOW_STAGES | {"forks", "ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
+    "build": Room(
+        BELOW_STAGES | {"cast_savings", "forks", "ingest", "matching", "warmup"},
+        {"numpy"} | CHECKSUM,
+    ),
     "hf_files": Room({"sources", "store"}),
     "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(
@@ -170,6 +176,21 @@ ROOMS = {
         | {"methods", "mixing", "model_writes", "nested", "request"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
+    "comparing": Room(
+        BELOW_STAGES | {"matching", "pagecache", "source_blocks", "warmup"}, {"numpy"}
+    ),
+    # Following a run.
+    "arrivals": Room({"sources"}),
+    "watch_ledger": Room({"paths"}),
+    "freeing": Room({"watch_ledger"}),
+    "hooks": Room(),
+    "watch_options": Room(pure=True),
+    "watch_telling": Room(pure=True),
+    "watching": Room(
+        {"arrivals", "base_weights", "build", "comparing", "freeing", "hooks", "sources", "store"}
+        | {"watch_ledger", "watch_options", "watch_telling"},
+        {"numpy"},
+    ),
     "store_info": Room({"store"}, {"numpy"}),
     # The only room that draws.
     "reporting": Room(
@@ -201,6 +222,8 @@ ROOMS = {
             "store_info",
             "urls",
             "verification",
+            "watch_options",
+            "watching",
             "opened",
         },
         {"numpy"},
@@ -208,6 +231,8 @@ ROOMS = {
     "demo": Room(
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
+    # For trainers, which bring their packages; what they need of us runs in another process.
+    "integrations": Room({"store"}, {"transformers"}),
     # The only room that prints.
     "cli": Room({"_version", "api", "demo", "urls", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),

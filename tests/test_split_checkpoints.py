@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, safe_open
 
 import relex_stream as rs
 from relex_stream import source_blocks
+from relex_stream.errors import RelexStreamWarning
+from relex_stream.store import Store
 from tests.make_stores import build_store
 from tests.torch_writers.runs import STEPS
 
@@ -201,7 +205,7 @@ def test_f32_is_cast_on_the_way_out(runs, stores, tmp_path):
 
 def test_a_cast_store_is_not_continued_without_the_cast(runs, tmp_path):
     build_store(runs / "base", runs / "fsdp", tmp_path / "store", steps="1", cast="bf16")
-    with pytest.raises(rs.TrajectoryError, match=r"step 2: .*F32.*expected BF16.*--as bf16"):
+    with pytest.raises(rs.TrajectoryError, match=r"F32 .*expected BF16 .*give --as bf16"):
         build_store(runs / "base", runs / "fsdp", tmp_path / "store")
     assert rs.info(tmp_path / "store").steps[-1].step == 1
 
@@ -288,3 +292,112 @@ def test_constants_come_through_pieces(stores, tmp_path):
     np.testing.assert_array_equal(
         opened.checkpoint_bits("model.ids", 5).view(np.int64), np.arange(5)
     )
+
+
+def weights_of(path):
+    names = ("model_world_size_*", "*.distcp", "*.safetensors")
+    return sorted(file for name in names for file in path.rglob(name))
+
+
+@pytest.mark.parametrize("layout", COME_BACK)
+def test_a_watch_verifies_pieces_and_deletes_the_files_that_come_back(runs, tmp_path, layout):
+    shutil.copytree(runs / layout, tmp_path / "run")
+    before = digests(tmp_path / "run")
+    summary = rs.watch(
+        *(runs / "base", tmp_path / "run", tmp_path / "store"),
+        settle_s=0,
+        once=True,
+        include_base=True,
+        delete_ingested=True,
+    )
+    assert summary.steps_added == summary.steps_verified == STEPS
+    assert summary.steps_deleted == STEPS[:-1]
+    last = tmp_path / "run" / PLACES[layout].format(STEPS[-1])
+    assert weights_of(tmp_path / "run") == weights_of(last) != []
+    gone = {name: sha for name, sha in before.items() if not (tmp_path / "run" / name).exists()}
+    for step in STEPS[:-1]:
+        rs.export(tmp_path / "store", tmp_path / f"{step}", step=step)
+        place = PLACES[layout].format(step)
+        back = {f"{place}/{name}": sha for name, sha in digests(tmp_path / f"{step}").items()}
+        assert {
+            name: sha for name, sha in gone.items() if name.startswith(f"{place}/")
+        }.items() <= (back.items())
+
+
+def test_a_watch_leaves_files_that_hold_the_state_of_an_optimizer(runs, tmp_path):
+    shutil.copytree(runs / "dcp_with_state", tmp_path / "run")
+    before = digests(tmp_path / "run")
+    with pytest.warns(RelexStreamWarning, match="the state of an optimizer, stay"):
+        summary = rs.watch(
+            *(runs / "base", tmp_path / "run", tmp_path / "store"),
+            settle_s=0,
+            once=True,
+            include_base=True,
+            delete_ingested=True,
+        )
+    assert summary.steps_verified == STEPS
+    assert digests(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "dcp", "split"])
+def test_a_watch_finds_a_bit_that_differs_in_any_piece(runs, tmp_path, layout):
+    shutil.copytree(runs / layout, tmp_path / "run")
+    rs.build_store(runs / "base", tmp_path / "run", tmp_path / "store", steps="1")
+    for number, path in enumerate(weights_of(tmp_path / "run" / PLACES[layout].format(1))):
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        place = weight_in(path, layout)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        (tmp_path / "store.watch").unlink(missing_ok=True)
+        summary = rs.watch(
+            *(runs / "base", tmp_path / "run", tmp_path / "store"),
+            steps="1",
+            settle_s=0,
+            once=True,
+        )
+        assert summary.steps_differing == (1,), number
+        path.write_bytes(data)
+
+
+def weight_in(path, layout):
+    """Return the place of a byte of a tensor in a file: its largest run of bytes that are not 0."""
+    data = path.read_bytes()
+    if layout == "split":
+        return len(data) - 3
+    start = data.index(b"PK\3\4")
+    with (
+        zipfile.ZipFile(path)
+        if layout != "dcp"
+        else zipfile.ZipFile(io.BytesIO(data[start:])) as archive
+    ):
+        entries = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+        largest = max(entries, key=lambda entry: entry.file_size)
+        return start + data[start:].index(archive.read(largest)) + 1
+
+
+# --- what a cast would save ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "whole_fp32"])
+def test_the_cost_of_f32_is_told(runs, tmp_path, layout):
+    summary = build(runs, layout, tmp_path / "store", commit_steps=1)
+    assert summary.cast_savings is None  # one step was added: nothing to compare it with
+    summary = build_store(
+        runs / "base", runs / layout, tmp_path / "again", block_bytes=512, sketch_min_elements=1
+    )
+    assert summary.cast_savings is not None
+    store = Store(tmp_path / "again")
+    f32 = [t for t in store.manifest.tensors if t.dtype.code == "F32"]
+    columns = [t.first_block + block for t in f32 for block in range(t.blocks)]
+    assert summary.cast_savings.f32_step_bytes == store.frame_bytes[-1, columns].sum()
+    build_store(runs / "base", runs / layout, tmp_path / "cast", cast="bf16", block_bytes=256)
+    cast = int(Store(tmp_path / "cast").frame_bytes[-1].sum())
+    assert summary.cast_savings.bf16_step_bytes == pytest.approx(cast, rel=0.25)
+    assert summary.cast_savings.bf16_step_bytes < summary.cast_savings.f32_step_bytes / 2
+
+
+@pytest.mark.parametrize("options", [{"cast": "bf16"}, {"steps": "1"}])
+def test_no_cost_is_told_where_there_is_nothing_to_tell(runs, tmp_path, options):
+    summary = build_store(runs / "base", runs / "fsdp", tmp_path / "store", **options)
+    assert summary.cast_savings is None

@@ -16,6 +16,7 @@ from relex_stream.api.stores import (
     verify,
 )
 from relex_stream.api.trajectories import analyze, backtest, report
+from relex_stream.api.watching import watch
 from relex_stream.opened import OpenStore
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "report",
     "sweep",
     "verify",
+    "watch",
 ]

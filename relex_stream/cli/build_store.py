@@ -20,60 +20,16 @@ if TYPE_CHECKING:
 @click.argument("base", type=options.PATH_OR_URL)
 @click.argument("checkpoints", type=options.PATH_OR_URL)
 @options.store_argument
-@click.option(
-    "--pattern",
-    metavar="PATTERN",
-    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
-    "like 'epoch-{step}'.  [default: those of trainers: global_step_N, checkpoint-N, step_N, ...]",
-)
-@click.option(
-    "--steps",
-    metavar="STEPS",
-    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
-    "10:500:10, with commas between.  [default: all]",
-)
-@click.option(
-    "--source",
-    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
-    default="auto",
-    show_default=True,
-    help="The format of the checkpoints; auto takes the first that all steps have.",
-)
-@click.option(
-    "--strip-prefix",
-    metavar="PREFIX",
-    help="What names of tensors in the checkpoints begin with and the base's do not, like "
-    "'app.model.'.  [default: found out]",
-)
-@click.option(
-    "--map",
-    "map_names",
-    type=options.NAME_MAP,
-    multiple=True,
-    metavar="PATTERN=REPLACEMENT",
-    help="A regular expression and what replaces its matches in names of tensors in the "
-    "checkpoints, like '^transformer=model'. May be given several times.",
-)
+@options.pattern
+@options.steps
+@options.source
+@options.strip_prefix
+@options.map_names
 @options.memory_limit
 @options.workers
-@click.option(
-    "--include-base",
-    is_flag=True,
-    help="Keep the base's weights in the store too, so that it needs nothing else.",
-)
-@click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Take checkpoints with infinities or NaNs where the base has none.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="S",
-    help="Seed of the random sketches; set when a store is made.",
-)
+@options.include_base
+@options.allow_nonfinite
+@options.seed
 @options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @click.option(
     "--replace-from",
@@ -171,6 +127,12 @@ def describe(summary: BuildSummary, *, verbose: bool) -> list[str]:
         rows["ratio"] = wording.format_ratio(summary.ratio)
         rows["changed weights"] = f"{summary.changed_weights:,}"
         rows["bits per changed weight"] = wording.format_figure(summary.bits_per_changed_weight, 2)
+    if summary.cast_savings is not None:
+        wide, narrow = summary.cast_savings.f32_step_bytes, summary.cast_savings.bf16_step_bytes
+        rows["F32 weights"] = (
+            f"{wording.format_bytes(wide)} a step; in BF16 (--as bf16) about "
+            f"{wording.format_bytes(narrow)}"
+        )
     rows["peak memory"] = wording.format_bytes(summary.peak_memory_bytes)
     rows["elapsed"] = wording.format_duration(summary.elapsed_s)
     lines = wording.pairs(rows)

@@ -141,7 +141,7 @@ class LocalPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
         if is_hub(value):
-            self.fail(f"{value} is not a path; only checkpoints and bases may be on the Hub")
+            self.fail(f"{value} is on the Hub; give a directory here")
         return super().convert(value, param, ctx)
 
 
@@ -213,6 +213,66 @@ def cast(help: str) -> Callable[[Function], Function]:  # noqa: A002
     """Return the option ``--as``, which each command explains in its own words."""
     return click.option("--as", "cast", type=click.Choice(["bf16"]), help=help)
 
+
+pattern = click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
+    "like 'epoch-{step}'.  [default: those of trainers: global_step_N, checkpoint-N, step_N, ...]",
+)
+
+steps = click.option(
+    "--steps",
+    metavar="STEPS",
+    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
+    "10:500:10, with commas between.  [default: all]",
+)
+
+source = click.option(
+    "--source",
+    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
+    default="auto",
+    show_default=True,
+    help="The format of the checkpoints; auto takes the first that all steps have.",
+)
+
+strip_prefix = click.option(
+    "--strip-prefix",
+    metavar="PREFIX",
+    help="What names of tensors in the checkpoints begin with and the base's do not, like "
+    "'app.model.'.  [default: found out]",
+)
+
+map_names = click.option(
+    "--map",
+    "map_names",
+    type=NAME_MAP,
+    multiple=True,
+    metavar="PATTERN=REPLACEMENT",
+    help="A regular expression and what replaces its matches in names of tensors in the "
+    "checkpoints, like '^transformer[.]=model.'. May be given several times.",
+)
+
+include_base = click.option(
+    "--include-base",
+    is_flag=True,
+    help="Keep the base's weights in the store too, so that it needs nothing else.",
+)
+
+allow_nonfinite = click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Take checkpoints with infinities or NaNs where the base has none.",
+)
+
+seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Seed of the random sketches; set when a store is made.",
+)
 
 memory_limit = click.option(
     "--memory-limit",

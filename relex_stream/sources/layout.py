@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..errors import OptionError, RelexStreamWarning, SourceError
 from ..paths import check_relative_path
@@ -152,6 +152,60 @@ def find_checkpoints(
     )
 
 
+class ListedSteps(NamedTuple):
+    """Directories that stand for steps, ascending, and those that the trainer has not finished."""
+
+    directories: dict[int, Path]
+    unfinished: dict[int, str]
+    """What shows it, by step."""
+
+
+def list_steps(
+    directory: Path,
+    pattern: str | None = None,
+    steps: StepSelection | None = None,
+    source: str = "auto",
+) -> ListedSteps:
+    """Return the directories that stand for steps, whatever is in them so far.
+
+    For those who wait for checkpoints: nothing need be there yet.
+
+    Parameters
+    ----------
+    directory, pattern, steps, source
+        As in `find_checkpoints`, but neither the directory nor any step need exist.
+
+    Returns
+    -------
+    ListedSteps
+        Without step 0. With a pattern, all are taken for finished.
+
+    Raises
+    ------
+    OptionError, SourceError
+        As in `find_checkpoints`, where waiting would not help: a malformed pattern, two directories
+        for one step, several families.
+    """
+    directory = directory.absolute()
+    formats = _formats(source)
+    parts = None if pattern is None else _compile_pattern(pattern)
+    unfinished: dict[int, str] = {}
+    by_step: dict[int, Path] = {}
+    if parts is not None:
+        if directory.exists():
+            by_step = _by_step(directory, list(_match(directory, parts)))
+    elif found := _family_in(directory, formats):
+        root, family, matches = found
+        by_step = _by_step(root, matches)
+        unfinished = family.unfinished(root, by_step)
+    wanted = {
+        step: path
+        for step, path in by_step.items()
+        if step and (steps is None or steps.selects(step))
+    }
+    return ListedSteps(wanted, {step: unfinished[step] for step in unfinished if step in wanted})
+
+
 def _formats(source: str) -> Sequence[Format]:
     if source == "auto":
         return FORMATS
@@ -167,6 +221,25 @@ def _match_families(
 ) -> tuple[Path, Family, list[tuple[int, Path]]]:
     """Return the one known family present in a run's directory, where it is, and its steps."""
     names = list_names(directory)
+    present = _family_in(directory, formats)
+    if present is not None:
+        return present
+    if any(format_.holds(directory) for format_ in formats):
+        raise SourceError(
+            f"{directory}: this is one model; give the directory that holds the checkpoints"
+        )
+    wanted = ", ".join(family.shown for family in FAMILIES)
+    raise SourceError(
+        f"{directory}: no checkpoints: looked for directories {wanted}, here and in "
+        f"{', '.join(RUN_DIRECTORIES[1:])}; there are: {summarise(names)}; check the path, or say "
+        "with --pattern how they are called"
+    )
+
+
+def _family_in(
+    directory: Path, formats: Sequence[Format]
+) -> tuple[Path, Family, list[tuple[int, Path]]] | None:
+    """Return the one known family in a run's directory, where it is, and its steps, if any."""
     for inside in RUN_DIRECTORIES:
         root = directory / inside
         if not root.is_dir():
@@ -186,16 +259,7 @@ def _match_families(
             )
         for family, matches in found.items():
             return root, family, matches
-    if any(format_.holds(directory) for format_ in formats):
-        raise SourceError(
-            f"{directory}: this is one model; give the directory that holds the checkpoints"
-        )
-    wanted = ", ".join(family.shown for family in FAMILIES)
-    raise SourceError(
-        f"{directory}: no checkpoints: looked for directories {wanted}, here and in "
-        f"{', '.join(RUN_DIRECTORIES[1:])}; there are: {summarise(names)}; check the path, or say "
-        "with --pattern how they are called"
-    )
+    return None
 
 
 def _with_weights(

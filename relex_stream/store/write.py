@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -43,6 +43,11 @@ LOCK_NAME = "LOCK"
 _RECORD = re.compile(r"(manifest|[0-9]+)-[0-9a-f]{8}\.safetensors")
 _BLOB = re.compile(r"[0-9a-f]{64}")
 _OWN_NAMES = {HEAD_NAME, LOCK_NAME, "zarr.json", arrays.DELTAS, arrays.BASE, "commits", "blobs"}
+
+
+def blob_name(data: bytes) -> str:
+    """Return the name of a blob: the SHA-256 of its bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sync_frames(root: Path, paths: Sequence[str]) -> None:
@@ -84,6 +89,36 @@ def write_frames(
     path = f"{root}/{arrays.chunk_key(group, tensor, chunk_row, block)}"
     files.write_tail(path, committed, data, fence.check if fence is not None else None)
     return path
+
+
+def weights_entry(file: WeightsFile, put_blob: Callable[[bytes], str]) -> FileEntry:
+    """Return what a store keeps of a weights file that can be put together again.
+
+    Literal bytes are blobs named in the recipe where they are few and mostly the same at every step
+    (a header), else one blob for the file: then all steps may share the recipe.
+
+    Parameters
+    ----------
+    file : WeightsFile
+    put_blob : callable
+        Is given each blob, and returns its name.
+    """
+    assert file.parts is not None
+    literals = [part.literal for part in file.parts if part.literal is not None]
+    own_blob = None
+    if len(literals) > 1 or any(part.box is not None for part in file.parts):
+        own_blob = put_blob(b"".join(literals))
+    parts = []
+    for part in file.parts:
+        if part.literal is None:
+            parts.append(RecipePart(tensor=part.tensor, box=part.box))
+        elif own_blob is None:
+            parts.append(RecipePart(blob=put_blob(part.literal)))
+        else:
+            parts.append(RecipePart(nbytes=len(part.literal)))
+    body = {"size": file.size, "parts": [part.encode() for part in parts]}
+    recipe = put_blob(json.dumps(body, separators=(",", ":")).encode())
+    return FileEntry(file.relative_path, file.size, blob=own_blob, recipe=recipe)
 
 
 @dataclass(frozen=True)
@@ -228,7 +263,7 @@ class StoreWriter:
 
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""
-        name = hashlib.sha256(data).hexdigest()
+        name = blob_name(data)
         if name not in self._blobs:
             path = blob_path(self.path, name)
             if not _holds(path, data):
@@ -237,27 +272,8 @@ class StoreWriter:
         return name
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
-        """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas.
-
-        Literal bytes are blobs named in the recipe where they are few and mostly the same at every
-        step (a header), else one blob for the file: then all steps may share the recipe.
-        """
-        assert file.parts is not None
-        literals = [part.literal for part in file.parts if part.literal is not None]
-        own_blob = None
-        if len(literals) > 1 or any(part.box is not None for part in file.parts):
-            own_blob = self.put_blob(b"".join(literals))
-        parts = []
-        for part in file.parts:
-            if part.literal is None:
-                parts.append(RecipePart(tensor=part.tensor, box=part.box))
-            elif own_blob is None:
-                parts.append(RecipePart(blob=self.put_blob(part.literal)))
-            else:
-                parts.append(RecipePart(nbytes=len(part.literal)))
-        body = {"size": file.size, "parts": [part.encode() for part in parts]}
-        recipe = self.put_blob(json.dumps(body, separators=(",", ":")).encode())
-        return FileEntry(file.relative_path, file.size, blob=own_blob, recipe=recipe)
+        """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
+        return weights_entry(file, self.put_blob)
 
     def put_side_file(self, relative_path: str, data: bytes) -> FileEntry:
         """Keep a side file once per content."""

@@ -22,6 +22,7 @@ from relex_stream.summaries import (
     BacktestGroup,
     BacktestSummary,
     BuildSummary,
+    CastSavings,
     DropSummary,
     ExportedFile,
     ExportsSummary,
@@ -40,6 +41,8 @@ from relex_stream.summaries import (
     StoreInfo,
     SubspaceFigures,
     VerifySummary,
+    WatchEvent,
+    WatchSummary,
 )
 
 MIB = 1 << 20
@@ -71,6 +74,7 @@ BUILD = BuildSummary(
     changed_weights=9_720_000,
     bits_per_changed_weight=14.67,
     skipped_files=tuple(f"optimizer_{rank}.pt" for rank in range(30)),
+    cast_savings=CastSavings(f32_step_bytes=1100 * MIB, bf16_step_bytes=9 * MIB),
     peak_memory_bytes=250 * MIB,
     elapsed_s=12.34,
     plan=PLAN,
@@ -334,6 +338,43 @@ VERIFY = VerifySummary("run.store", 50, 1950, 50, 6, 18 * MIB, (), 0.1)
 DROP = DropSummary("run.store", (40, 50), (10, 20, 30), 2 * MIB)
 
 
+WATCH = WatchSummary(
+    store="run.store",
+    ended="stopped",
+    steps_added=(40,),
+    steps_verified=(40,),
+    steps_differing=(),
+    steps_deleted=(30,),
+    steps_given_up=(),
+    bytes_in=16_400_000_000,
+    bytes_stored=58_000_000,
+    bytes_deleted=16_400_000_000,
+    elapsed_s=33.5,
+)
+
+WATCH_TIME = "2026-11-23T20:53:14+01:00"
+WATCH_EVENTS = (
+    WatchEvent(
+        WATCH_TIME,
+        "stored",
+        40,
+        bytes_in=16_400_000_000,
+        bytes_stored=58_000_000,
+        ratio=282.8,
+        elapsed_s=33.1,
+        verified=True,
+    ),
+    WatchEvent(
+        WATCH_TIME,
+        "deleting",
+        30,
+        files=("step_30/a.safetensors", "step_30/b.safetensors"),
+        bytes_deleted=16_400_000_000,
+    ),
+    WatchEvent(WATCH_TIME, "waiting", 50, "runs/\x1b[2J/step_50 lacks .metadata"),
+)
+
+
 class FakeApi(types.ModuleType):
     """What `relex_stream.api` has; `test_commands.py` holds its calls against the real one."""
 
@@ -354,7 +395,9 @@ class FakeApi(types.ModuleType):
             "info": INFO,
             "verify": VERIFY,
             "drop": DROP,
+            "watch": WATCH,
         }
+        self.events = list(WATCH_EVENTS)
         self.raises: BaseException | None = None
         self.warns: list[Warning] = []
 
@@ -433,6 +476,12 @@ class FakeApi(types.ModuleType):
     def drop(self, store: str | Path, *, after: int) -> DropSummary:
         return self._run("drop", locals())
 
+    def watch(self, base: Path, checkpoints: Path, store: Path, **asked: Any) -> WatchSummary:
+        for event in self.events:
+            asked["on_event"](event)
+        places = {"base": base, "checkpoints": checkpoints, "store": store}
+        return self._run("watch", {"self": self, **places, **asked})
+
     def warn(self, text: str) -> None:
         """Let the next call warn."""
         self.warns.append(RelexStreamWarning(text))
@@ -472,6 +521,7 @@ COMMAND_LINES = {
     "info": ("info", "run.store"),
     "verify": ("verify", "run.store"),
     "drop": ("drop", "run.store", "--after", "30"),
+    "watch": ("watch", "base", "checkpoints", "run.store"),
 }
 """A shortest valid line for each command of the library."""
 

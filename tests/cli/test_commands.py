@@ -56,13 +56,14 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
 def test_places_on_the_hub_stay_text(api: FakeApi, run: Run) -> None:
     run("build-store", "hf://org/base@v1", "hf://org/run", "run.store")
     run("verify", "run.store", "--base", "hf://org/base")
+    run("watch", "hf://org/base", "checkpoints", "run.store")
     arguments = [call[1] for call in api.calls]
     assert [arguments[0][name] for name in ("base", "checkpoints", "store")] == [
         "hf://org/base@v1",
         "hf://org/run",
         Path("run.store"),
     ]
-    assert arguments[1]["base"] == "hf://org/base"
+    assert arguments[1]["base"] == arguments[2]["base"] == "hf://org/base"
 
 
 RUN = (
@@ -394,7 +395,9 @@ def test_calls_and_defaults_are_those_of_the_library(name: str, api: FakeApi, ru
     if "run" in signature.parameters:
         options = dataclasses.fields(RunOptions)
         defaults |= {each.name: each.default for each in options if each.name != "entry_capacity"}
-    defaults.pop("progress", None)
+    # What the command itself brings.
+    for key in ("progress", "on_event", "stop"):
+        defaults.pop(key, None)
     for key in defaults.keys() - {"recipes"}:  # named in the command line above
         # What may be given several times is a tuple here; one value by itself will do there.
         assert arguments[key] in (defaults[key], (defaults[key],)), key

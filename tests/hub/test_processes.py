@@ -112,11 +112,12 @@ def test_other_places_of_commands_are_paths(tmp_path: Path) -> None:
     for call in (
         ("build-store", "base", "checkpoints", "hf://org/store"),
         ("info", "hf://org/store"),
+        ("watch", "base", "hf://org/run", "run.store"),
         ("export", "run.store", "hf://org/out", "--step", "5"),
     ):
         result = CliRunner().invoke(cli, call)
         assert result.exit_code == 2
-        assert "is not a path; only checkpoints and bases may be on the Hub" in result.stderr
+        assert "is on the Hub; give a directory here" in result.stderr
 
 
 @pytest.mark.parametrize("code", ["import relex_stream", "import relex_stream.api"])
