@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -51,6 +51,8 @@ from relex_stream.store.records import (
 )
 from relex_stream.summaries import BuildSummary, CastSavings, Plan, StagePlan
 from relex_stream.warmup import warm_up_encoding
+
+_Place = TypeVar("_Place")
 
 
 def build(
@@ -220,9 +222,9 @@ def _refuse_overlap(base: Path, checkpoints: Sequence[Path], store: Path) -> Non
         raise OptionError(f"STORE {store} lies inside BASE {base}; name a place outside it")
 
 
-def _split_found(
-    found: Sequence[tuple[int, Path]], stored: tuple[int, ...]
-) -> tuple[list[tuple[int, Path]], tuple[int, ...]]:
+def split_found(
+    found: Sequence[tuple[int, _Place]], stored: tuple[int, ...]
+) -> tuple[list[tuple[int, _Place]], tuple[int, ...]]:
     """Split what was found into steps to add and steps stored already; warn of what is neither."""
     known = set(stored)
     last = stored[-1] if stored else -1
@@ -266,9 +268,9 @@ def _steps_to_add(
     """
     store = writer.store
     if store is None:
-        return _split_found(found.checkpoints, ())
+        return split_found(found.checkpoints, ())
     kept = tuple(step for step in store.steps if replace_from is None or step < replace_from)
-    todo, skipped = _split_found(found.checkpoints, kept)
+    todo, skipped = split_found(found.checkpoints, kept)
     if todo and skipped:
         again = [(step, path) for step, path in found.checkpoints if step in skipped]
         _refuse_fork(store, again, open_step, reader, cast=cast)

@@ -82,6 +82,7 @@ ROOMS = {
     "pages": Room(pure=True),
     "pieces": Room(set(), {"numpy"}, pure=True),
     "paths": Room(),
+    "urls": Room({"paths"}),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
     "sources": Room({"paths", "pagecache", "pieces"}, {"numpy", "safetensors"} | CHECKSUM),
@@ -198,6 +199,12 @@ ROOMS = {
         | {"skill", "store_info", "subspaces", "wording"},
         {"matplotlib", "numpy"},
     ),
+    # Checkpoints that come one by one and may go; those of the Hub.
+    "feeds": Room({"build", "store"}),
+    "hub": Room(
+        {"_version", "build", "feeds", "paths", "sources", "store", "urls", "wording"},
+        {"huggingface_hub"},
+    ),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
@@ -208,10 +215,12 @@ ROOMS = {
             "build",
             "exporting",
             "grid",
+            "hub",
             "models",
             "reporting",
             "request",
             "store_info",
+            "urls",
             "verification",
             "watch_options",
             "watching",
@@ -225,7 +234,7 @@ ROOMS = {
     # For trainers, which bring their packages; what they need of us runs in another process.
     "integrations": Room({"store"}, {"transformers"}),
     # The only room that prints.
-    "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
+    "cli": Room({"_version", "api", "demo", "urls", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),
     "__main__": Room({"cli"}),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from relex_stream.specs import Progress
+from relex_stream.urls import is_hub, parse_hub
 
 AnyPath = str | os.PathLike[str]
 
@@ -18,7 +19,7 @@ class RunArguments(TypedDict, total=False):
     Attributes
     ----------
     base : path
-        The base's directory, when it has moved.
+        The base's directory, when it has moved, or a URL of the Hugging Face Hub.
     memory_limit, workers
         As in `build_store`.
     overwrite : bool
@@ -49,6 +50,23 @@ class RunArguments(TypedDict, total=False):
     devices: str
     device_memory_limit: int | None
     progress: Progress | None
+
+
+def base_directory(base: AnyPath, progress: Progress | None, *, check: bool) -> Path:
+    """Return a base's directory; one on the Hub is fetched into the Hub's cache.
+
+    `check` is whether its checksums are compared with those of the Hub then.
+    """
+    if not is_hub(base):
+        return Path(base)
+    from relex_stream.hub import fetch_base
+
+    return fetch_base(parse_hub(base), progress, check=check)
+
+
+def base_path(base: AnyPath | None, progress: Progress | None = None) -> Path | None:
+    """Return the directory of a store's base, if it is named. The store knows its checksums."""
+    return None if base is None else base_directory(base, progress, check=False)
 
 
 def optional_path(path: AnyPath | None) -> Path | None:

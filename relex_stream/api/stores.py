@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from relex_stream.api.arguments import AnyPath, optional_path
+from relex_stream.api.arguments import AnyPath, base_directory, base_path, optional_path
 from relex_stream.build import build
+from relex_stream.errors import OptionError
 from relex_stream.exporting import export_several, export_step
 from relex_stream.opened import OpenStore
 from relex_stream.specs import Progress
@@ -21,6 +23,7 @@ from relex_stream.summaries import (
     StoreInfo,
     VerifySummary,
 )
+from relex_stream.urls import is_hub
 from relex_stream.verification import verify_store
 
 
@@ -45,6 +48,7 @@ def build_store(
     then: Sequence[tuple[AnyPath, int]] = (),
     scheduler: AnyPath | None = None,
     local_cluster: int | None = None,
+    download_dir: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a lossless delta store from checkpoints, or append new ones to it.
@@ -52,10 +56,12 @@ def build_store(
     Parameters
     ----------
     base : path
-        Hugging Face model directory the run began from.
+        Hugging Face model directory the run began from, or ``"hf://org/name[@revision]"``.
     checkpoints : path
         Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` and the like, or that of the
-        run with it. docs/trainers.md has a table.
+        run with it. docs/trainers.md has a table. Or
+        ``"hf://org/name"``, whose branches, tags or directories are called so: they are fetched
+        one by one, and deleted when they are in the store (docs/hub.md).
     store : path
         The store, made if it is not there. Steps in it already are skipped.
     pattern : str, optional
@@ -100,6 +106,9 @@ def build_store(
         See docs/clusters.md.
     local_cluster : int, optional
         Do the work in so many processes of this machine, started for it.
+    download_dir : path, optional
+        Where checkpoints of the Hub are until they are in the store, two of them at most; default
+        the store's path with ``.download`` at its end.
 
     Returns
     -------
@@ -109,6 +118,8 @@ def build_store(
     ------
     SourceError, TrajectoryError
         If base or checkpoints cannot be used or do not belong together.
+    HubError
+        If the Hub cannot be reached or does not give what was asked; run it again to go on.
     StoreError
         If the store is locked, damaged or not a store.
     MemoryLimitError, OptionError
@@ -116,27 +127,43 @@ def build_store(
     ClusterError, MissingDependencyError
         If the cluster cannot be reached or does not do the work.
     """
+    options: dict[str, Any] = {
+        "pattern": pattern,
+        "steps": steps,
+        "source": source,
+        "strip_prefix": strip_prefix,
+        "map_names": map_names,
+        "memory_limit": memory_limit,
+        "workers": workers,
+        "include_base": include_base,
+        "allow_nonfinite": allow_nonfinite,
+        "seed": seed,
+        "cast": cast,
+        "replace_from": replace_from,
+        "scheduler": None if scheduler is None else os.fspath(scheduler),
+        "local_cluster": local_cluster,
+        "progress": progress,
+    }
+    if is_hub(checkpoints):
+        from relex_stream.hub import build_from_hub
+
+        if step_offset or then:
+            raise OptionError(
+                "--step-offset and --then are for directories; leave them out with a Hub URL"
+            )
+        through = optional_path(download_dir)
+        return build_from_hub(base, checkpoints, Path(store), download_dir=through, **options)
+    if download_dir is not None:
+        raise OptionError("--download-dir is for checkpoints of the Hub; leave it out")
+    directory = base_directory(base, progress, check=True)
+    phases = [(Path(path), offset) for path, offset in then]
     return build(
-        Path(base),
+        directory,
         Path(checkpoints),
         Path(store),
-        pattern=pattern,
-        steps=steps,
-        source=source,
-        strip_prefix=strip_prefix,
-        map_names=map_names,
-        memory_limit=memory_limit,
-        workers=workers,
-        include_base=include_base,
-        allow_nonfinite=allow_nonfinite,
-        seed=seed,
-        cast=cast,
-        replace_from=replace_from,
         step_offset=step_offset,
-        then=[(Path(path), offset) for path, offset in then],
-        scheduler=None if scheduler is None else os.fspath(scheduler),
-        local_cluster=local_cluster,
-        progress=progress,
+        then=phases,
+        **options,
     )
 
 
@@ -154,7 +181,7 @@ def open_store(path: AnyPath, *, base: AnyPath | None = None) -> OpenStore:
     StoreError
         If there is no store of a known format.
     """
-    return OpenStore(Path(path), optional_path(base))
+    return OpenStore(Path(path), base_path(base))
 
 
 def export(
@@ -203,7 +230,7 @@ def export(
         step=step,
         file_format=file_format,
         cast=cast,
-        base=optional_path(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -247,7 +274,7 @@ def export_steps(
         steps=steps,
         file_format=file_format,
         cast=cast,
-        base=optional_path(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -294,7 +321,7 @@ def verify(
     """
     return verify_store(
         Path(store),
-        base=optional_path(base),
+        base=base_path(base, progress),
         workers=workers,
         progress=progress,
     )

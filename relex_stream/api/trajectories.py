@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relex_stream.analyzing import analyze_store
-from relex_stream.api.arguments import AnyPath, optional_path, several
+from relex_stream.api.arguments import AnyPath, base_path, optional_path, several
 from relex_stream.backtesting import ANCHORS_TESTED, DAMPINGS_TESTED, Grid, backtest_store
 from relex_stream.specs import Progress
 from relex_stream.summaries import AnalyzeSummary, BacktestSummary, ReportSummary
@@ -63,7 +63,7 @@ def analyze(
         fit=fit,
         window=window,
         exact=exact,
-        base=optional_path(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -135,7 +135,7 @@ def backtest(
         Path(store),
         grid,
         exact=exact,
-        base=optional_path(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -228,7 +228,7 @@ def report(
         window=window,
         exact=exact,
         title=title,
-        base=optional_path(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,

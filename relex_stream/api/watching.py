@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from relex_stream.api.arguments import AnyPath
+from relex_stream.api.arguments import AnyPath, base_directory
 from relex_stream.specs import Progress
 from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_options import WatchOptions
@@ -132,7 +132,7 @@ def watch(
         dry_run=dry_run,
     )
     return Watch(
-        Path(base),
+        base_directory(base, progress, check=True),
         Path(checkpoints),
         Path(store),
         options=options,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @click.command("build-store")
-@click.argument("base", type=options.PATH)
-@click.argument("checkpoints", type=options.PATH)
+@click.argument("base", type=options.PATH_OR_URL)
+@click.argument("checkpoints", type=options.PATH_OR_URL)
 @options.store_argument
 @options.pattern
 @options.steps
@@ -53,13 +53,20 @@ if TYPE_CHECKING:
     help="Another directory of checkpoints, which continues the run, and what is added to the "
     "numbers of its steps. May be given several times.",
 )
+@click.option(
+    "--download-dir",
+    type=options.PATH,
+    metavar="DIRECTORY",
+    help="Where checkpoints of the Hub are until they are in the store, two at most.  [default: "
+    "STORE.download]",
+)
 @options.cluster
 @options.common
 @click.pass_obj
 def command(
     session: Session,
-    base: Path,
-    checkpoints: Path,
+    base: Path | str,
+    checkpoints: Path | str,
     store: Path,
     *,
     pattern: str | None,
@@ -76,6 +83,7 @@ def command(
     replace_from: int | None,
     step_offset: int,
     then: tuple[tuple[Path, int], ...],
+    download_dir: Path | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -84,6 +92,10 @@ def command(
     BASE is the directory of the model at step 0, CHECKPOINTS the directory that holds one
     directory per checkpoint. If STORE exists, steps it does not hold yet are appended to it.
     Steps are committed in groups of 16 or more: what an interrupted run has committed stays.
+
+    Both may be on the Hugging Face Hub: hf://org/name, perhaps with @revision and /directory.
+    Checkpoints there are branches, tags or directories; they are fetched one by one, committed
+    one by one, and deleted when they are in the store.
     """
     from relex_stream.api import build_store
 
@@ -108,6 +120,7 @@ def command(
             then=then,
             scheduler=scheduler,
             local_cluster=local_cluster,
+            download_dir=download_dir,
             progress=progress,
         )
     session.finish(summary, describe(summary, verbose=session.verbose))

@@ -51,7 +51,7 @@ def command(
     steps: str | None,
     file_format: str | None,
     cast: str | None,
-    base: Path | None,
+    base: Path | str | None,
     memory_limit: int | None,
     workers: int | None,
 ) -> None:

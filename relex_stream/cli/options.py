@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from relex_stream.cli.session import Session
+from relex_stream.urls import is_hub
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -133,8 +134,30 @@ class NameMap(click.ParamType[tuple[str, str]]):
 
 NAME_MAP = NameMap()
 
-PATH = click.Path(path_type=Path)
+
+class LocalPath(click.Path):
+    """A path; a URL, which would become the path of a directory ``hf:``, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if is_hub(value):
+            self.fail(f"{value} is on the Hub; give a directory here")
+        return super().convert(value, param, ctx)
+
+
+PATH = LocalPath(path_type=Path)
 """A path as it is: whether it exists is for the library to say, once and in one wording."""
+
+
+class PathOrUrl(click.Path):
+    """A path, or a URL of the Hugging Face Hub, which stays text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path or the text."""
+        return value if is_hub(value) else super().convert(value, param, ctx)
+
+
+PATH_OR_URL = PathOrUrl(path_type=Path)
 
 
 def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -179,9 +202,10 @@ store_argument = click.argument("store", type=PATH)
 
 base = click.option(
     "--base",
-    type=PATH,
+    type=PATH_OR_URL,
     metavar="DIRECTORY",
-    help="Where the base model is now, if not where the store says.",
+    help="Where the base model is now, if not where the store says; hf://org/name is one on the "
+    "Hugging Face Hub.",
 )
 
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @options.workers
 @options.common
 @click.pass_context
-def command(ctx: click.Context, store: Path, *, base: Path | None, workers: int | None) -> None:
+def command(
+    ctx: click.Context, store: Path, *, base: Path | str | None, workers: int | None
+) -> None:
     """Check every committed byte of STORE against its checksums.
 
     Prints a line per problem; the exit status is 1 if there is any.

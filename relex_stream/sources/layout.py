@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..errors import OptionError, RelexStreamWarning, SourceError
 from ..paths import check_relative_path
@@ -18,6 +18,8 @@ from .formats import FORMATS, Format
 from .naming import Naming
 from .recognised import recognise_inside
 from .steps import StepSelection
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def find_checkpoints(
             RelexStreamWarning,
             stacklevel=2,
         )
-    selected = _select(directory, by_step, steps)
+    selected = select_steps(directory, by_step, steps)
     unfinished = {step: reason for step, reason in unfinished.items() if step in selected}
     if unfinished:
         explicit = steps.explicit if steps is not None else ()
@@ -312,6 +314,37 @@ def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
     return parts
 
 
+def step_finder(pattern: str) -> Callable[[str], int | None]:
+    """Return what finds the step in a path that matches a pattern, and None in all others.
+
+    For paths that are text only, such as names of branches; `find_checkpoints` says what a pattern
+    may hold.
+
+    Raises
+    ------
+    OptionError
+        If the pattern is malformed.
+
+    Examples
+    --------
+    >>> step_of = step_finder("runs/*-step{step}")
+    >>> step_of("runs/a-step0040"), step_of("runs/a-step40/x"), step_of("runs/a-step")
+    (40, None, None)
+    """
+    parts = _compile_pattern(pattern)
+
+    def step_of(path: str) -> int | None:
+        names = path.split("/")
+        if len(names) != len(parts):
+            return None
+        matches = [part.fullmatch(name) for part, name in zip(parts, names, strict=True)]
+        # Exactly one part has a group.
+        steps = [int(match[1]) for match in matches if match is not None and match.re.groups]
+        return steps[0] if all(matches) else None
+
+    return step_of
+
+
 def _match(
     directory: Path, parts: list[re.Pattern[str]], step: int = 0
 ) -> Iterable[tuple[int, Path]]:
@@ -342,23 +375,38 @@ def _by_step(directory: Path, matches: list[tuple[int, Path]]) -> dict[int, Path
     return by_step
 
 
-def _select(
-    directory: Path, by_step: dict[int, Path], steps: StepSelection | None
-) -> dict[int, Path]:
-    """Return the steps that are selected; explicit ones must be there."""
+def select_steps(
+    where: object, by_step: Mapping[int, _Found], steps: StepSelection | None
+) -> dict[int, _Found]:
+    """Return what was found of the steps that are selected, at least one.
+
+    Parameters
+    ----------
+    where : object
+        What was searched, as a message names it.
+    by_step : mapping
+        What was found, by step, ascending.
+    steps : StepSelection, optional
+        All if not given.
+
+    Raises
+    ------
+    SourceError
+        If a step that is listed explicitly is not there, or none is selected.
+    """
     there = f"steps there: {_summarise(list(by_step))}"
     if steps is None:
-        selected = by_step
+        selected = dict(by_step)
     else:
         missing = [step for step in steps.explicit if step not in by_step]
         if missing:
             plural = "s" if len(missing) > 1 else ""
             raise SourceError(
-                f"{directory}: no checkpoint of step{plural} {_summarise(missing)}; {there}"
+                f"{where}: no checkpoint of step{plural} {_summarise(missing)}; {there}"
             )
-        selected = {step: path for step, path in by_step.items() if steps.selects(step)}
+        selected = {step: found for step, found in by_step.items() if steps.selects(step)}
     if not selected:
-        raise SourceError(f"{directory}: no step is selected; {there}")
+        raise SourceError(f"{where}: no step is selected; {there}")
     return selected
 
 

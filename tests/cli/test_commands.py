@@ -24,6 +24,7 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("--map", "^a=b", "--map", "c=d=e"),
         *("--step-offset", "3", "--then", "second", "200", "--then", "third", "300"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
+        *("--download-dir", "through"),
     )
     assert result.exit_code == 0, result.stderr
     assert api.calls == [
@@ -49,9 +50,23 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "then": ((Path("second"), 200), (Path("third"), 300)),
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
+                "download_dir": Path("through"),
             },
         )
     ]
+
+
+def test_places_on_the_hub_stay_text(api: FakeApi, run: Run) -> None:
+    run("build-store", "hf://org/base@v1", "hf://org/run", "run.store")
+    run("verify", "run.store", "--base", "hf://org/base")
+    run("watch", "hf://org/base", "checkpoints", "run.store")
+    arguments = [call[1] for call in api.calls]
+    assert [arguments[0][name] for name in ("base", "checkpoints", "store")] == [
+        "hf://org/base@v1",
+        "hf://org/run",
+        Path("run.store"),
+    ]
+    assert arguments[1]["base"] == arguments[2]["base"] == "hf://org/base"
 
 
 RUN = (
