@@ -22,7 +22,13 @@ from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
 from relex_stream.cast_savings import cast_savings
-from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
+from relex_stream.errors import (
+    OptionError,
+    RelexStreamWarning,
+    SourceError,
+    StoreError,
+    TrajectoryError,
+)
 from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
@@ -104,7 +110,7 @@ def build(
     base_checkpoint = open_checkpoint(base, 0)
     naming = Naming(frozenset(base_checkpoint.tensors), strip_prefix, tuple(map_names))
     phases = [Phase(checkpoints, step_offset), *(Phase(*phase) for phase in then)]
-    found = find_run(phases, pattern, selection, source, replace_from)
+    found = find_run(phases, pattern, selection, source, replace_from, _stored_steps(store))
     with (
         StoreWriter(store) as writer,
         CheckpointReader() as reader,
@@ -195,6 +201,14 @@ def build(
             peak_bytes=executor.peak_bytes(),
             elapsed_s=time.monotonic() - started,
         )
+
+
+def _stored_steps(path: Path) -> tuple[int, ...]:
+    """Return the steps of a store that may be there; whether it is one is for its writer to say."""
+    try:
+        return Store(path).steps
+    except StoreError:
+        return ()
 
 
 def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -60,6 +60,7 @@ def find_checkpoints(
     pattern: str | None = None,
     steps: StepSelection | None = None,
     source: str = "auto",
+    may_lack: Collection[int] = (),
 ) -> FoundCheckpoints:
     """Find the checkpoints of a run, the directory of each one's weights, and their format.
 
@@ -84,11 +85,14 @@ def find_checkpoints(
         Which steps to use; all if not given. Directories of other steps are not looked into.
     source : str
         The name of a format: no other is looked for. ``auto`` for all.
+    may_lack : collection of int
+        Steps that are left out without a word where no weights are left of them: the store has
+        them.
 
     Returns
     -------
     FoundCheckpoints
-        At least one checkpoint.
+        At least one checkpoint, but for what `may_lack` leaves out.
 
     Raises
     ------
@@ -139,6 +143,13 @@ def find_checkpoints(
         )
         selected = {step: path for step, path in selected.items() if step not in unfinished}
     layout = pattern.strip("/").replace("{step}", "N")
+    selected = {
+        step: path
+        for step, path in selected.items()
+        if step not in may_lack or _held(path, formats) is not None
+    }
+    if not selected:
+        return FoundCheckpoints(layout, formats[0], (), unfinished)
     chosen, inside = _find_weights(selected, formats)
     if inside != ".":
         layout = f"{layout}/{inside}"
@@ -452,11 +463,12 @@ def _held(path: Path, formats: Sequence[Format]) -> tuple[Format, str] | None:
 
 def _no_weights(path: Path, formats: Sequence[Format]) -> SourceError:
     """Say what was looked for and what is there: other weights, if there are any."""
-    looked = "; ".join(
-        f"{format_.looked_for} in {', '.join(format_.places)}" for format_ in formats
-    )
+    looked = "; ".join(format_.looked_for for format_ in formats)
     found, remedy = recognise_inside(path) or (
         summarise(list_names(path)),
         "save the checkpoint with weights, or say with --pattern where they are",
     )
-    return SourceError(f"{path}: no weights: found {found}; {remedy} (looked for {looked})")
+    return SourceError(
+        f"{path}: no weights: found {found}; {remedy} (looked for {looked}; there and where "
+        "trainers put them)"
+    )

@@ -5,7 +5,7 @@ A run that was taken up again in another directory often counts its steps from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +58,7 @@ def find_run(
     steps: StepSelection | None = None,
     source: str = "auto",
     replace_from: int | None = None,
+    may_lack: Collection[int] = (),
 ) -> FoundRun:
     """Find the checkpoints of a run that lie in one or several directories.
 
@@ -71,6 +72,8 @@ def find_run(
         Of the run's numbers, offsets added.
     replace_from : int, optional
         From this step on, what a later phase has counts and not what an earlier one has.
+    may_lack : collection of int
+        As in `find_checkpoints`, of the run's numbers.
 
     Returns
     -------
@@ -84,27 +87,33 @@ def find_run(
         If a phase does not begin behind the last step of those before it.
     """
     if len(phases) == 1 and phases[0].offset == 0:
-        found = find_checkpoints(phases[0].directory, pattern, steps, source)
+        found = find_checkpoints(phases[0].directory, pattern, steps, source, may_lack)
         return FoundRun(
             found.layout, found.checkpoints, {path: found for _, path in found.checkpoints}
         )
     joined: dict[int, Path] = {}
     found_in: dict[Path, FoundCheckpoints] = {}
     there: list[int] = []
+    chosen = False
     for phase in phases:
         listed = list_steps(phase.directory, pattern, source=source).directories
         there += [step + phase.offset for step in listed]
         own = [step for step in listed if steps is None or steps.selects(step + phase.offset)]
         if listed and not own:
             continue
+        chosen = True
         # As ranges: of steps named one by one each would have to be complete in every phase.
         selection = StepSelection(ranges=tuple((step, step, 1) for step in own)) if own else None
-        found = find_checkpoints(phase.directory, pattern, selection, source)
+        stored = {step - phase.offset for step in may_lack}
+        found = find_checkpoints(phase.directory, pattern, selection, source, stored)
         here = {step + phase.offset: path for step, path in found.checkpoints}
+        if not here:
+            continue
         joined = {**_kept(joined, here, phase, replace_from), **here}
         found_in |= dict.fromkeys(here.values(), found)
-    missing = [step for step in (steps.explicit if steps else ()) if step not in joined]
-    if missing or not joined:
+    explicit = steps.explicit if steps else ()
+    missing = [step for step in explicit if step not in joined and step not in may_lack]
+    if missing or not chosen:
         wanted = (
             f"no checkpoint of step {summarise([*map(str, missing)])}" if missing else "no step"
         )
