@@ -461,12 +461,25 @@ def _held(path: Path, formats: Sequence[Format]) -> tuple[Format, str] | None:
     return None
 
 
+def _other_format(path: Path) -> tuple[str, str] | None:
+    """Say what weights a step's directory has in a format that was not asked for, and what to do."""
+    held = _held(path, FORMATS)
+    if held is None:
+        return None
+    format_, inside = held
+    return f"{format_.title} in {inside}", f"choose --source {format_.name} or auto"
+
+
 def _no_weights(path: Path, formats: Sequence[Format]) -> SourceError:
     """Say what was looked for and what is there: other weights, if there are any."""
     looked = "; ".join(format_.looked_for for format_ in formats)
-    found, remedy = recognise_inside(path) or (
-        summarise(list_names(path)),
-        "save the checkpoint with weights, or say with --pattern where they are",
+    found, remedy = (
+        _other_format(path)
+        or recognise_inside(path)
+        or (
+            summarise(list_names(path)),
+            "save the checkpoint with weights, or say with --pattern where they are",
+        )
     )
     return SourceError(
         f"{path}: no weights: found {found}; {remedy} (looked for {looked}; there and where "
