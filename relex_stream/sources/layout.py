@@ -462,7 +462,7 @@ def _held(path: Path, formats: Sequence[Format]) -> tuple[Format, str] | None:
 
 
 def _other_format(path: Path) -> tuple[str, str] | None:
-    """Say what weights a step's directory has in a format that was not asked for, and what to do."""
+    """Say what weights a step has in a format that was not asked for, and what to do."""
     held = _held(path, FORMATS)
     if held is None:
         return None
