@@ -42,6 +42,18 @@ def torch_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _written_once(tmp_path_factory, "tests.torch_writers.distributed")
 
 
+@pytest.fixture(scope="session")
+def verl_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What verl's FSDP workers leave: tests/torch_writers/verl.py."""
+    return _written_once(tmp_path_factory, "tests.torch_writers.verl")
+
+
+@pytest.fixture(scope="session")
+def torch_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of several steps in layouts of trainers: tests/torch_writers/runs.py."""
+    return _written_once(tmp_path_factory, "tests.torch_writers.runs")
+
+
 def _written_once(factory: pytest.TempPathFactory, module: str) -> Path:
     """Run a module that writes into the directory it is given, once for all of xdist's workers."""
     shared = factory.getbasetemp()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -40,13 +37,8 @@ COME_BACK = [layout for layout in WEIGHTS if layout != "dcp_with_state"]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """What torch wrote, with a process per rank."""
-    out = tmp_path_factory.mktemp("split") / "runs"
-    out.mkdir()
-    command = [sys.executable, "-m", "tests.torch_writers.runs", str(out)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return out
+def runs(torch_runs):
+    return torch_runs
 
 
 def build(runs, layout, store, **options):

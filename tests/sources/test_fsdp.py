@@ -1,8 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +38,8 @@ STEPS = {
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory):
-    """What torch wrote, with a process per rank."""
-    out = tmp_path_factory.mktemp("verl")
-    command = [sys.executable, "-m", "tests.torch_writers.verl", str(out)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return out
+def written(verl_checkpoints):
+    return verl_checkpoints
 
 
 def open_step(directory):

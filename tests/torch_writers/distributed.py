@@ -275,6 +275,8 @@ def main(out: Path) -> None:
         path = out / write.__name__
         path.mkdir()
         on_ranks(world, write, path)
+    read_again(out)
+    tell_lies(out)
 
 
 if __name__ == "__main__":
