@@ -245,6 +245,7 @@ def test_any_content_stays_under_the_projection(tmp_path: Path, dtype: str, chan
     shutil.rmtree(root)
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_checkpoints(tmp_path: Path) -> None:
     peaks = []
     for steps in (8, 32):
@@ -256,6 +257,7 @@ def test_the_peak_does_not_grow_with_checkpoints(tmp_path: Path) -> None:
         assert many.peak_bytes < 1.1 * few.peak_bytes
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
     peaks = []
     for weights in (20_000_000, 160_000_000):

@@ -31,6 +31,7 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(on_device, "_powers", lambda most: [1, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_blocks")
 def test_everything_is_measured_and_said_to_mean_nothing(pretend_in_process, tmp_path):
     path = tmp_path / "report.json"
