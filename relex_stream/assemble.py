@@ -75,7 +75,7 @@ class Assembly:
             place = _Destination(self._prefix + entry.path, offset)
             if kind == "blob":
                 self._literals.append((place, name))
-                offset += self._store.blob_path(name).stat().st_size
+                offset += self._store.blob_size(name)
             else:
                 tensor = self._resolve(name, entry)
                 self._destinations.setdefault(tensor.name, []).append(place)

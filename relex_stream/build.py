@@ -6,7 +6,6 @@ are on the disk is it committed.
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,8 @@ from relex_stream.blocks import BlockOf, float_pairs, model_shape
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
+from relex_stream.listing import read_file
+from relex_stream.locations import Location, lies_in, location, relative_to
 from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint, parse_steps
@@ -43,9 +44,9 @@ from relex_stream.warmup import warm_up_encoding
 
 
 def build(
-    base: Path,
-    checkpoints: Path,
-    store: Path,
+    base: Location,
+    checkpoints: Location,
+    store: Location,
     *,
     pattern: str | None,
     steps: str | None,
@@ -116,7 +117,7 @@ def build(
         places: list[CheckpointPlaces] = []
         files = {}
         for checkpoint in opened:
-            name = _name_in(checkpoints, Path(checkpoint.directory))
+            name = _name_in(checkpoints.absolute(), location(checkpoint.directory))
             before = places[-1] if places else None
             places.append(match_checkpoint(checkpoint, tensors, name, before))
             # Now, and not when its batch is committed: it would have to be opened again.
@@ -126,7 +127,8 @@ def build(
         capacity = executor.prepare(
             warm_up_encoding if places else _warm_up_nothing, float_pairs(tensors), progress
         )
-        executor.check_sees([base, *(Path(place.directory) for place in places[-1:]), store])
+        last = [location(place.directory) for place in places[-1:]]
+        executor.check_sees([base, *last, store])
         job = _Job(
             writer=writer,
             reader=reader,
@@ -173,7 +175,7 @@ def _check_options(block_bytes: int, seed: int, workers: int | None) -> None:
         machine.wanted_workers(workers)
 
 
-def _refuse_overlap(base: Path, checkpoints: Path, store: Path) -> None:
+def _refuse_overlap(base: Location, checkpoints: Location, store: Location) -> None:
     inside = store.resolve()
     for what, path in (("BASE", base), ("CHECKPOINTS", checkpoints)):
         source = path.resolve()
@@ -181,13 +183,13 @@ def _refuse_overlap(base: Path, checkpoints: Path, store: Path) -> None:
             raise OptionError(
                 f"STORE and {what} are the same directory, {path}; name another STORE"
             )
-    if base.resolve() in inside.parents:
+    if lies_in(inside, base.resolve()):
         raise OptionError(f"STORE {store} lies inside BASE {base}; name a place outside it")
 
 
 def _split_found(
-    found: Sequence[tuple[int, Path]], stored: tuple[int, ...]
-) -> tuple[list[tuple[int, Path]], tuple[int, ...]]:
+    found: Sequence[tuple[int, Location]], stored: tuple[int, ...]
+) -> tuple[list[tuple[int, Location]], tuple[int, ...]]:
     """Split what was found into steps to add and steps stored already; warn of what is neither."""
     known = set(stored)
     last = stored[-1] if stored else -1
@@ -229,24 +231,20 @@ def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> t
     return store.manifest.seed, store.manifest.base_included
 
 
-def _name_in(checkpoints: Path, path: Path) -> str:
-    return Path(os.path.relpath(path, checkpoints)).as_posix()
+def _name_in(checkpoints: Location, path: Location) -> str:
+    return Path(relative_to(path, checkpoints)).as_posix()
 
 
 def _keep_files(writer: StoreWriter, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
     entries = [writer.put_weights_file(file) for file in checkpoint.weights_files]
     for name in checkpoint.side_files:
-        path = Path(checkpoint.directory) / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise SourceError(f"cannot read {path}: {error}") from error
+        data = read_file(location(checkpoint.directory) / name)
         entries.append(writer.put_side_file(name, data))
     return tuple(entries)
 
 
-def _relative_hint(base: Path, store: Path) -> str:
-    return os.path.relpath(base.resolve(), store.resolve())
+def _relative_hint(base: Location, store: Location) -> str:
+    return relative_to(base.resolve(), store.resolve())
 
 
 def _warm_up_nothing(_: object, __: Progress) -> None:
@@ -289,6 +287,11 @@ class _Job:
     progress: Progress
 
     @property
+    def transfer_bytes(self) -> int:
+        """What requests to object storage hold."""
+        return self.writer.transfer_bytes + self.reader.transfer_bytes
+
+    @property
     def _rows(self) -> int:
         return len(self.writer.store.steps) if self.writer.store else 0
 
@@ -323,6 +326,7 @@ class _Job:
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
         )
+        shared += self.transfer_bytes
         return planner.make_plan([stage], self.capacity, shared_bytes=shared)
 
     def run(

@@ -25,6 +25,7 @@ from relex_stream.blocks import (
 from relex_stream.checksum import extend_each
 from relex_stream.errors import CorruptionError
 from relex_stream.graph import Stage, Threads, grouped
+from relex_stream.locations import Location
 from relex_stream.paths import refuse_inside
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import NoProgress, Progress
@@ -99,11 +100,11 @@ class BlockExport(Stage[tuple[BlockOf, ...], None, "Counter[str]"]):
 
 
 def export_step(
-    store_path: Path,
+    store_path: Location,
     out: Path,
     *,
     step: int,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,

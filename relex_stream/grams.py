@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -18,6 +17,7 @@ from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.blocks import float_pairs, model_shape
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.graph import Executor, Threads
+from relex_stream.locations import Location
 from relex_stream.sketch import Subspace, cumulate, gram_of_deltas, unpack_sketch
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import Progress
@@ -168,7 +168,7 @@ class GramReader:
     store : Store
     exact : bool
         From the weights; else from sketches, but for tensors that have none.
-    base : Path, optional
+    base : Path or Url, optional
         As in `api.analyze`.
     executor : Threads
     progress : Progress
@@ -190,7 +190,7 @@ class GramReader:
         store: Store,
         *,
         exact: bool,
-        base: Path | None,
+        base: Location | None,
         executor: Threads,
         progress: Progress,
         rows: int | None = None,

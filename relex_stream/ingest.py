@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,6 +27,7 @@ from relex_stream.blocks import (
 )
 from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.graph import Stage
+from relex_stream.locations import Location
 from relex_stream.matching import CheckpointPlaces
 from relex_stream.scan import (
     UNREADABLE,
@@ -132,7 +132,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
     def __init__(
         self,
         *,
-        root: Path,
+        root: Location,
         fence: Fence,
         store: Store | None,
         base: BaseWeights,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream.errors import TrajectoryError
+from relex_stream.listing import file_status
+from relex_stream.locations import location
 from relex_stream.specs import SourceCheckpoint
 from relex_stream.store.arrays import array_name
 from relex_stream.store.records import StoredTensor
@@ -216,7 +217,7 @@ def match_checkpoint(
         if np.array_equal(offset_of, before.offset_of):
             offset_of = before.offset_of
     side_bytes = sum(
-        (Path(checkpoint.directory) / name).stat().st_size for name in checkpoint.side_files
+        file_status(location(checkpoint.directory) / name).size for name in checkpoint.side_files
     )
     return CheckpointPlaces(
         step=checkpoint.step,

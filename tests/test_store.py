@@ -26,7 +26,7 @@ from relex_stream.errors import (
     StoreError,
 )
 from relex_stream.store import SketchReader, Store, StoreWriter, arrays, files
-from relex_stream.store.read import blob_path
+from relex_stream.store.read import blob_key
 from relex_stream.store.records import decode_head, encode_head
 from tests.crash.replay import read_tree, unsynced
 from tests.crash.runs import build, check_dense, check_exports, check_whole, quick, tiny_trajectory

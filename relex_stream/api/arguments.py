@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from relex_stream.locations import Location, local_directory, location
 from relex_stream.specs import Progress
 
 AnyPath = str | os.PathLike[str]
+"""A path of this machine, or as text a URL: ``"s3://bucket/run.store"``."""
 
 
 class RunArguments(TypedDict, total=False):
@@ -52,8 +54,13 @@ class RunArguments(TypedDict, total=False):
 
 
 def optional_path(path: AnyPath | None) -> Path | None:
-    """Return a path, if there is one."""
-    return None if path is None else Path(path)
+    """Return a path of this machine, if there is one."""
+    return None if path is None else local_directory(path, "the output")
+
+
+def optional_location(place: AnyPath | None) -> Location | None:
+    """Return a path or URL, if there is one."""
+    return None if place is None else location(place)
 
 
 def several(value: Any) -> Sequence[Any]:

@@ -9,6 +9,7 @@ from typing import Unpack
 
 from relex_stream.api.arguments import AnyPath, RunArguments
 from relex_stream.grid import Entry, jobs_of, read_grid
+from relex_stream.locations import local_directory, location
 from relex_stream.models import RunOptions, make_models
 from relex_stream.request import (
     Job,
@@ -134,7 +135,7 @@ def extrapolate(
         )
         return [job]
 
-    return make_models(Path(store), Path(out), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
 
 
 def reconstruct(
@@ -200,7 +201,7 @@ def reconstruct(
         )
         return [job]
 
-    return make_models(Path(store), Path(out), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
 
 
 def combine(
@@ -258,7 +259,7 @@ def combine(
         )
         return [job]
 
-    return make_models(Path(store), Path(out), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
 
 
 def sweep(
@@ -302,4 +303,4 @@ def sweep(
     def ask(opened: Store) -> list[Job]:
         return jobs_of(opened, entries)
 
-    return make_models(Path(store), Path(out), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))

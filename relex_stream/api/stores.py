@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from relex_stream.api.arguments import AnyPath, optional_path
+from relex_stream.api.arguments import AnyPath, optional_location
 from relex_stream.build import build
 from relex_stream.exporting import export_step
+from relex_stream.locations import local_directory, location
 from relex_stream.opened import OpenStore
 from relex_stream.specs import Progress
 from relex_stream.store import Store, StoreWriter
@@ -87,9 +87,9 @@ def build_store(
         If the cluster cannot be reached or does not do the work.
     """
     return build(
-        Path(base),
-        Path(checkpoints),
-        Path(store),
+        location(base),
+        location(checkpoints),
+        location(store),
         pattern=pattern,
         steps=steps,
         memory_limit=memory_limit,
@@ -117,7 +117,7 @@ def open_store(path: AnyPath, *, base: AnyPath | None = None) -> OpenStore:
     StoreError
         If there is no store of a known format.
     """
-    return OpenStore(Path(path), optional_path(base))
+    return OpenStore(location(path), optional_location(base))
 
 
 def export(
@@ -153,10 +153,10 @@ def export(
         As in `extrapolate`; nothing is written then.
     """
     return export_step(
-        Path(store),
-        Path(out),
+        location(store),
+        local_directory(out, "OUT"),
         step=step,
-        base=optional_path(base),
+        base=optional_location(base),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -171,7 +171,7 @@ def info(store: AnyPath) -> StoreInfo:
     StoreError
         If there is no store of a known format, or its records are damaged.
     """
-    return info_of(Path(store))
+    return info_of(location(store))
 
 
 def verify(
@@ -202,8 +202,8 @@ def verify(
         If there is no store, or HEAD or the manifest is damaged.
     """
     return verify_store(
-        Path(store),
-        base=optional_path(base),
+        location(store),
+        base=optional_location(base),
         workers=workers,
         progress=progress,
     )
@@ -217,8 +217,8 @@ def drop(store: AnyPath, *, after: int) -> DropSummary:
     StoreError
         If there is no store, or another process writes to it.
     """
-    Store(Path(store))  # refuses what is not a store before anything is made there
-    with StoreWriter(Path(store)) as writer:
+    Store(location(store))  # refuses what is not a store before anything is made there
+    with StoreWriter(location(store)) as writer:
         assert writer.store is not None
         before = writer.store.stored_bytes()
         dropped = writer.drop_after(after)

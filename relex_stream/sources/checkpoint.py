@@ -5,13 +5,13 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import stat
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from ..errors import RelexStreamWarning, SourceError
+from ..errors import RelexStreamWarning, RemoteError, SourceError
+from ..listing import file_status, is_directory, is_file, is_link, list_names, read_file
+from ..locations import Location
 from ..paths import check_relative_path
 from ..specs import SourceCheckpoint, TensorPlace, WeightsFile
 from .naming import Naming
@@ -56,7 +56,9 @@ _OTHER_WEIGHTS = (
 """Weights that are recognised and refused: pattern, what it is, remedy; the first match counts."""
 
 
-def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -> SourceCheckpoint:
+def open_checkpoint(
+    directory: Location, step: int, naming: Naming = _AS_THEY_ARE
+) -> SourceCheckpoint:
     """Open a model directory: find its weights, read their headers, sort its other files.
 
     The weights are ``model.safetensors``, or the shards of ``model.safetensors.index.json``. Where
@@ -66,7 +68,7 @@ def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or Url
         The model directory.
     step : int
         The step it is from; 0 for the base.
@@ -155,17 +157,17 @@ def renamed(
     return files, places
 
 
-def holds_weights(directory: Path) -> bool:
+def holds_weights(directory: Location) -> bool:
     """Return whether a directory has a file that `open_checkpoint` would start from."""
-    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    return any(is_file(directory / name) for name in (SINGLE_FILE, INDEX_FILE))
 
 
-def recognise_weights(directory: Path) -> tuple[str, str] | None:
+def recognise_weights(directory: Location) -> tuple[str, str] | None:
     """Recognise weights in a format that is not read here.
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or Url
         Any path; it need not exist.
 
     Returns
@@ -173,7 +175,7 @@ def recognise_weights(directory: Path) -> tuple[str, str] | None:
     tuple of str or None
         What they are, with names of files, and what to do about it as an imperative clause.
     """
-    names = list_names(directory) if directory.is_dir() else []
+    names = list_names(directory) if is_directory(directory) else []
     for pattern, kind, remedy in _OTHER_WEIGHTS:
         matches = fnmatch.filter(names, pattern)
         if matches:
@@ -193,29 +195,7 @@ def summarise(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more or "nothing"
 
 
-def list_names(directory: Path) -> list[str]:
-    """Return the sorted names of a directory's entries.
-
-    Raises
-    ------
-    SourceError
-        If it is missing, not a directory, or cannot be listed.
-    """
-    try:
-        return sorted(os.listdir(directory))
-    except FileNotFoundError:
-        raise SourceError(f"{directory}: no such directory; check the path") from None
-    except NotADirectoryError:
-        raise SourceError(
-            f"{directory}: a file where a directory belongs; check the path"
-        ) from None
-    except OSError as error:
-        raise SourceError(
-            f"{directory}: cannot be listed: {error.strerror}; check its permissions"
-        ) from error
-
-
-def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
+def _find_shards(directory: Location, names: list[str]) -> dict[str, str] | None:
     """Return the index's map of tensors to shards, or None where the single file counts."""
     single = SINGLE_FILE in names
     if INDEX_FILE not in names:
@@ -227,11 +207,11 @@ def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
             f"found {found}; {remedy}"
         )
     shards = _read_index(directory / INDEX_FILE)
-    missing = [shard for shard in sorted(set(shards.values())) if not (directory / shard).is_file()]
+    missing = [shard for shard in sorted(set(shards.values())) if not is_file(directory / shard)]
     if missing and single:
         return None
     if missing:
-        link = " (a link to a file that is gone)" if (directory / missing[0]).is_symlink() else ""
+        link = " (a link to a file that is gone)" if is_link(directory / missing[0]) else ""
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
             f"{directory}: shard {missing[0]}{link}{more}, named by {INDEX_FILE}, is missing; "
@@ -247,16 +227,16 @@ def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
     return shards
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Location) -> dict[str, str]:
     """Return the weight map of an index file: tensor names to names of files, existing or not."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_HEADER_BYTES:
+        status = file_status(path)
+        if not status.is_regular or status.size > MAX_HEADER_BYTES:
             raise SourceError(
                 f"{path}: not a regular file of at most {MAX_HEADER_BYTES} bytes; save it anew"
             )
-        data = path.read_bytes()
-    except SourceError:
+        data = read_file(path)
+    except (SourceError, RemoteError):
         raise
     except OSError as error:
         raise SourceError(
@@ -278,7 +258,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorPlace]) -> None:
+def _check_index(index: Location, shards: dict[str, str], tensors: dict[str, TensorPlace]) -> None:
     """Check that the index maps exactly the tensors the shards hold, each to its shard."""
     for name, shard in shards.items():
         if name not in tensors:
@@ -300,19 +280,21 @@ def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorP
             )
 
 
-def _sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return side files and skipped files among `names`, in their order."""
     side_files: list[str] = []
     skipped_files: list[str] = []
     for name in names:
         try:
-            status = os.stat(directory / name)
+            status = file_status(directory / name)
+        except RemoteError:
+            raise
         except OSError:
             skipped_files.append(name)  # a broken link, or gone since the listing
             continue
-        if not stat.S_ISREG(status.st_mode):
+        if not status.is_regular:
             continue
-        if status.st_size > MAX_SIDE_FILE_BYTES or _is_skipped(name):
+        if status.size > MAX_SIDE_FILE_BYTES or _is_skipped(name):
             skipped_files.append(name)
             continue
         try:

@@ -6,15 +6,15 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import OptionError, RelexStreamWarning, SourceError
+from ..listing import is_directory, list_names
+from ..locations import Location, relative_to
 from ..paths import check_relative_path
 from .checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     holds_weights,
-    list_names,
     recognise_weights,
     summarise,
 )
@@ -65,12 +65,12 @@ class FoundCheckpoints:
     ----------
     layout : str
         Where each step's weights lie, with ``N`` for the step: ``global_step_N/huggingface``.
-    checkpoints : tuple of (int, Path)
+    checkpoints : tuple of (int, Path or Url)
         Step number and weights directory, as `open_checkpoint` takes it.
     """
 
     layout: str
-    checkpoints: tuple[tuple[int, Path], ...]
+    checkpoints: tuple[tuple[int, Location], ...]
 
 
 def parse_steps(text: str) -> StepSelection:
@@ -131,7 +131,7 @@ def _bad_steps(part: str, problem: str) -> OptionError:
 
 
 def find_checkpoints(
-    directory: Path, pattern: str | None = None, steps: StepSelection | None = None
+    directory: Location, pattern: str | None = None, steps: StepSelection | None = None
 ) -> FoundCheckpoints:
     """Find the checkpoints of a run and the directory of each one's weights.
 
@@ -142,7 +142,7 @@ def find_checkpoints(
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or Url
         What the trainer wrote its checkpoints into.
     pattern : str, optional
         Path of a checkpoint below `directory` with ``{step}`` for the digits, exactly once. ``*``
@@ -196,7 +196,7 @@ def find_checkpoints(
     )
 
 
-def _match_families(directory: Path) -> tuple[str, list[tuple[int, Path]]]:
+def _match_families(directory: Location) -> tuple[str, list[tuple[int, Location]]]:
     """Return the one known family present in a directory, with its steps."""
     names = list_names(directory)
     found = {
@@ -247,8 +247,8 @@ def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
 
 
 def _match(
-    directory: Path, parts: list[re.Pattern[str]], step: int = 0
-) -> Iterable[tuple[int, Path]]:
+    directory: Location, parts: list[re.Pattern[str]], step: int = 0
+) -> Iterable[tuple[int, Location]]:
     """Yield every directory below `directory` that matches the parts, with its step.
 
     Exactly one part has a group, so `step` is always replaced on the way down.
@@ -258,27 +258,27 @@ def _match(
         return
     for name in list_names(directory):
         match = parts[0].fullmatch(name)
-        if match is not None and (directory / name).is_dir():
+        if match is not None and is_directory(directory / name):
             found = int(match[1]) if parts[0].groups else step
             yield from _match(directory / name, parts[1:], found)
 
 
-def _by_step(directory: Path, matches: list[tuple[int, Path]]) -> dict[int, Path]:
+def _by_step(directory: Location, matches: list[tuple[int, Location]]) -> dict[int, Location]:
     """Return the directory of each step, ascending."""
-    by_step: dict[int, Path] = {}
+    by_step: dict[int, Location] = {}
     for step, path in sorted(matches):
         if step in by_step:
             raise SourceError(
-                f"{directory}: both {by_step[step].relative_to(directory)} and "
-                f"{path.relative_to(directory)} are step {step}; remove one of them"
+                f"{directory}: both {relative_to(by_step[step], directory)} and "
+                f"{relative_to(path, directory)} are step {step}; remove one of them"
             )
         by_step[step] = path
     return by_step
 
 
 def _select(
-    directory: Path, by_step: dict[int, Path], steps: StepSelection | None
-) -> dict[int, Path]:
+    directory: Location, by_step: dict[int, Location], steps: StepSelection | None
+) -> dict[int, Location]:
     """Return the steps that are selected; explicit ones must be there."""
     there = f"steps there: {_summarise(list(by_step))}"
     if steps is None:
@@ -304,7 +304,7 @@ def _summarise(steps: list[int]) -> str:
     return f"{', '.join(map(str, steps[:5]))}, ..., {steps[-1]} ({len(steps)} in all)"
 
 
-def _find_weights(selected: dict[int, Path]) -> str:
+def _find_weights(selected: dict[int, Location]) -> str:
     """Return where the weights lie inside every one of the selected directories."""
     places = {
         step: [inside for inside in WEIGHTS_DIRECTORIES if holds_weights(path / inside)]
@@ -325,7 +325,7 @@ def _find_weights(selected: dict[int, Path]) -> str:
     )
 
 
-def _no_weights(path: Path) -> SourceError:
+def _no_weights(path: Location) -> SourceError:
     """Name weights in other formats, if there are any where trainers put theirs."""
     looked = ", ".join(inside for inside in WEIGHTS_DIRECTORIES)
     start = f"{path}: no {SINGLE_FILE} or {INDEX_FILE} in {looked}; found "

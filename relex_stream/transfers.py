@@ -1,0 +1,186 @@
+"""Requests that go on while others work: what will be read, and what was written.
+
+A request to object storage takes tens of milliseconds, whatever it carries, so many have to be
+under way at a time. Both classes here hold no more bytes than they are given room for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+THREADS = 16
+"""Requests under way at a time, of each of the two."""
+
+READ_AHEAD_BYTES = 48 << 20
+"""Room for what was asked for in advance."""
+
+WRITE_BEHIND_BYTES = 48 << 20
+"""Room for what is not yet written."""
+
+RESIDENT_BYTES = 2 * (READ_AHEAD_BYTES + WRITE_BEHIND_BYTES)
+"""What both take at most: an object is there once more while it goes through the client."""
+
+_PATIENCE_S = 5.0
+
+
+class _Asked(NamedTuple):
+    offset: int
+    nbytes: int
+    data: Future[bytes]
+
+
+class ReadAhead:
+    """Bytes of objects, fetched before they are wanted; for any number of threads.
+
+    Parameters
+    ----------
+    fetch : callable
+        Returns bytes of an object: key, offset, number of bytes.
+    room_bytes : int
+    """
+
+    def __init__(
+        self, fetch: Callable[[str, int, int], bytes], room_bytes: int = READ_AHEAD_BYTES
+    ) -> None:
+        self._fetch = fetch
+        self._room = room_bytes
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="relex-ahead")
+        self._changed = threading.Condition()
+        self._asked: OrderedDict[str, _Asked] = OrderedDict()
+        self._held = 0
+
+    def ask(self, key: str, offset: int, nbytes: int) -> bool:
+        """Have bytes fetched, without waiting for them; only for room, and not for long.
+
+        Returns
+        -------
+        bool
+            False if they were asked for already, or are too many.
+        """
+        with self._changed:
+            if nbytes > self._room or self._covers(key, offset, nbytes):
+                return False
+            if not self._changed.wait_for(lambda: self._fits(nbytes), _PATIENCE_S):
+                # Nobody came for the oldest: work that was given up, or went another way.
+                while not self._fits(nbytes):
+                    self._forget(next(iter(self._asked)))
+            self._forget(key)
+            self._held += nbytes
+            future = self._pool.submit(self._fetch, key, offset, nbytes)
+            self._asked[key] = _Asked(offset, nbytes, future)
+        return True
+
+    def take(self, key: str, offset: int, nbytes: int) -> bytes | None:
+        """Return bytes that were asked for; None if they were not, or could not be had.
+
+        They are kept until the last of them is taken.
+        """
+        with self._changed:
+            asked = self._asked.get(key)
+            if asked is None or not self._covers(key, offset, nbytes):
+                return None
+        try:
+            data = asked.data.result()
+        except Exception:  # noqa: BLE001 - asked again by whoever wants them, and named there
+            data = b""
+        start = offset - asked.offset
+        with self._changed:
+            last = start + nbytes == asked.nbytes
+            if (last or len(data) < asked.nbytes) and self._asked.get(key) is asked:
+                self._forget(key)
+        return data[start : start + nbytes] if len(data) == asked.nbytes else None
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._held + nbytes <= self._room
+
+    def _covers(self, key: str, offset: int, nbytes: int) -> bool:
+        asked = self._asked.get(key)
+        return (
+            asked is not None
+            and asked.offset <= offset
+            and offset + nbytes <= asked.offset + asked.nbytes
+        )
+
+    def _forget(self, key: str) -> None:
+        asked = self._asked.pop(key, None)
+        if asked is not None:
+            asked.data.cancel()
+            self._held -= asked.nbytes
+            self._changed.notify_all()
+
+
+class WriteBehind:
+    """Work on objects that goes on behind the back of those who asked for it.
+
+    Work on one key is done in the order in which it was asked for.
+
+    Parameters
+    ----------
+    room_bytes : int
+    """
+
+    def __init__(self, room_bytes: int = WRITE_BEHIND_BYTES) -> None:
+        self._room = room_bytes
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="relex-behind")
+        self._changed = threading.Condition()
+        self._last: dict[str, Future[None]] = {}
+        self._held = 0
+        self._running = 0
+        self._error: BaseException | None = None
+
+    def submit(self, key: str, nbytes: int, work: Callable[[], None]) -> None:
+        """Have work on a key done that holds `nbytes`; waits while there is no room.
+
+        Raises what went wrong with earlier work.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._error is not None
+                    or not self._running
+                    or self._held + nbytes <= self._room
+                )
+            )
+            self._raise()
+            self._held += nbytes
+            self._running += 1
+            before = self._last.get(key)
+            self._last[key] = self._pool.submit(self._do, key, nbytes, work, before)
+
+    def wait(self) -> None:
+        """Wait until all is done; raise what went wrong."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+            self._raise()
+
+    def forget(self) -> None:
+        """Wait until all is done, and take no notice of what went wrong."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+            self._error = None
+
+    def _do(
+        self, key: str, nbytes: int, work: Callable[[], None], before: Future[None] | None
+    ) -> None:
+        try:
+            if before is not None:
+                before.result()  # began before this one, so it does not wait for a thread
+            if self._error is None:
+                work()
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            self._error = self._error or error
+        finally:
+            with self._changed:
+                self._held -= nbytes
+                self._running -= 1
+                if not self._running:
+                    self._last.clear()
+                self._changed.notify_all()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
