@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,7 +30,10 @@ class Spool:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._file = tempfile.TemporaryFile(prefix="relex-records-")  # noqa: SIM115 - ends with it
+        self._descriptor, path = tempfile.mkstemp(prefix="relex-records-")
+        os.unlink(path)
+        # Stores are not closed; this one's file ends with it.
+        weakref.finalize(self, os.close, self._descriptor)
         self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
         self._lock = threading.Lock()
@@ -37,7 +41,7 @@ class Spool:
     def read(self, key: str) -> bytes:
         """Return all bytes of a key; OSError if there are none."""
         start, size = self._place(key)
-        return os.pread(self._file.fileno(), size, start)
+        return os.pread(self._descriptor, size, start)
 
     def read_into(self, key: str, pieces: Sequence[tuple[int, NDArray[np.uint8]]]) -> bool:
         """Fill arrays from offsets on; say whether all were, or the key ends before."""
@@ -45,7 +49,7 @@ class Spool:
         for offset, out in pieces:
             if offset + out.size > size:
                 return False
-            os.preadv(self._file.fileno(), [out.data], start + offset)
+            os.preadv(self._descriptor, [out.data], start + offset)
         return True
 
     def size(self, key: str) -> int:
@@ -69,6 +73,6 @@ class Spool:
             self._end += len(data)
         done = 0
         while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:], start + done)
+            done += os.pwrite(self._descriptor, data[done:], start + done)
         place = self._places[key] = (start, len(data))
         return place
