@@ -14,11 +14,12 @@ from relex_stream.blocks import BlockOf, Blocks, Workspace, base_bits_dtype, fra
 from relex_stream.checksum import extend_each
 from relex_stream.errors import CorruptionError, SourceError
 from relex_stream.listing import is_directory
-from relex_stream.locations import Location, joined, location
+from relex_stream.locations import Location, Url, joined, location
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import SourceCheckpoint, TensorPlace, joined_pieces
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
+from relex_stream.transfers import READING_BYTES
 from relex_stream.ulp import Bits, advance
 
 
@@ -180,6 +181,15 @@ def base_directory(store: Store, base: Location | None) -> Location | None:
     if store.manifest.base_included:
         return None
     return joined(store.path, store.manifest.base_hint)
+
+
+def transfer_bytes(store: Store, base: Location | None) -> int:
+    """Return what requests to object storage hold in memory, at most, to read store and base.
+
+    0 where both are on this machine; `base` as in `base_directory`.
+    """
+    from_url = isinstance(base_directory(store, base), Url)
+    return store.storage.reading_bytes + (READING_BYTES if from_url else 0)
 
 
 def open_base(store: Store, base: Location | None, reader: CheckpointReader) -> BaseWeights:

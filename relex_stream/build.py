@@ -289,7 +289,7 @@ class _Job:
     @property
     def transfer_bytes(self) -> int:
         """What requests to object storage hold."""
-        return self.writer.transfer_bytes + self.reader.transfer_bytes
+        return self.writer.transfer_bytes + self.reader.reading_bytes
 
     @property
     def _rows(self) -> int:

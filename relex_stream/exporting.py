@@ -11,7 +11,7 @@ import numpy as np
 
 from relex_stream import machine, planner
 from relex_stream.assemble import Assembly
-from relex_stream.base_weights import BaseWeights, base_directory, open_base
+from relex_stream.base_weights import BaseWeights, base_directory, open_base, transfer_bytes
 from relex_stream.block_reader import BlockReader, fetch_blocks
 from relex_stream.blocks import (
     BlockOf,
@@ -136,7 +136,7 @@ def export_step(
     plan = planner.make_plan(
         [stage],
         capacity,
-        shared_bytes=planner.export_shared_bytes(shape, rows),
+        shared_bytes=planner.export_shared_bytes(shape, rows) + transfer_bytes(store, base),
     )
     if idle := planner.idle_workers(plan, capacity):
         progress.note(idle)

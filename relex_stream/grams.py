@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from relex_stream import planner
 from relex_stream.analysis import REPLICATES, estimated_gram, replicated_grams
-from relex_stream.base_weights import BaseWeights, open_base
+from relex_stream.base_weights import BaseWeights, open_base, transfer_bytes
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.blocks import float_pairs, model_shape
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
@@ -234,6 +234,7 @@ class GramReader:
         # Those of groups; a tensor's own, its replicates and what they are made in; a batch.
         shared = planner.tables_bytes(shape, rows) + gram * (groups + 3 * REPLICATES)
         shared += max(min(GRAMS_BYTES, len(self._looked_up) * gram), gram)
+        shared += transfer_bytes(store, self._base)
         stage = StagePlan("Gram matrices", shape.blocks, read_bytes, 0, worker_bytes)
         return planner.make_plan([stage], capacity, shared_bytes=shared)
 

@@ -26,7 +26,7 @@ from relex_stream.devices import parse_devices, wants_gpu_processes
 from relex_stream.documents import OWN_FILES, Made, common_settings, write_index
 from relex_stream.errors import DeviceError, RelexStreamWarning
 from relex_stream.graph import Executor, open_executor
-from relex_stream.locations import Location, location
+from relex_stream.locations import Location, Url, location
 from relex_stream.methods import product_paths
 from relex_stream.mixing import figures_of, medians, mixes_of
 from relex_stream.model_writes import Mix, Source, write_blocks
@@ -58,7 +58,7 @@ class RunOptions:
         As in `api.extrapolate`.
     """
 
-    base: str | os.PathLike[str] | None = None
+    base: str | os.PathLike[str] | Url | None = None
     memory_limit: int | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -131,7 +131,7 @@ def make_models(
                 batch,
                 prefixes[number],
                 assemblies[number],
-                Outline(store, batch, len(batch.products), options.entry_capacity),
+                Outline(store, batch, len(batch.products), options.entry_capacity, base),
                 options,
                 executor,
             )

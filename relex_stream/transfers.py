@@ -9,28 +9,35 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 THREADS = 16
 """Requests under way at a time, of each of the two."""
 
-READ_AHEAD_BYTES = 48 << 20
+READ_AHEAD_BYTES = 32 << 20
 """Room for what was asked for in advance."""
 
-WRITE_BEHIND_BYTES = 48 << 20
+WRITE_BEHIND_BYTES = 32 << 20
 """Room for what is not yet written."""
 
-RESIDENT_BYTES = 2 * (READ_AHEAD_BYTES + WRITE_BEHIND_BYTES)
-"""What both take at most: an object is there once more while it goes through the client."""
+READING_BYTES = 2 * READ_AHEAD_BYTES
+WRITING_BYTES = 2 * WRITE_BEHIND_BYTES
+"""What each takes at most: an object is there once more while it goes through the client."""
 
 _PATIENCE_S = 5.0
 
 
-class _Asked(NamedTuple):
+class _Range(NamedTuple):
+    """Bytes of an object that were asked for."""
+
+    key: str
     offset: int
     nbytes: int
     data: Future[bytes]
+
+    def covers(self, offset: int, nbytes: int) -> bool:
+        return self.offset <= offset and offset + nbytes <= self.offset + self.nbytes
 
 
 class ReadAhead:
@@ -50,7 +57,8 @@ class ReadAhead:
         self._room = room_bytes
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="relex-ahead")
         self._changed = threading.Condition()
-        self._asked: OrderedDict[str, _Asked] = OrderedDict()
+        self._ranges: OrderedDict[tuple[str, int], _Range] = OrderedDict()  # oldest first
+        self._of_key: dict[str, list[_Range]] = {}
         self._held = 0
 
     def ask(self, key: str, offset: int, nbytes: int) -> bool:
@@ -62,16 +70,19 @@ class ReadAhead:
             False if they were asked for already, or are too many.
         """
         with self._changed:
-            if nbytes > self._room or self._covers(key, offset, nbytes):
+            if nbytes > self._room or self._find(key, offset, nbytes) is not None:
                 return False
             if not self._changed.wait_for(lambda: self._fits(nbytes), _PATIENCE_S):
                 # Nobody came for the oldest: work that was given up, or went another way.
                 while not self._fits(nbytes):
-                    self._forget(next(iter(self._asked)))
-            self._forget(key)
+                    self._forget(next(iter(self._ranges.values())))
+            before = self._ranges.get((key, offset))  # a shorter one
+            if before is not None:
+                self._forget(before)
             self._held += nbytes
-            future = self._pool.submit(self._fetch, key, offset, nbytes)
-            self._asked[key] = _Asked(offset, nbytes, future)
+            data = self._pool.submit(self._fetch, key, offset, nbytes)
+            asked = self._ranges[key, offset] = _Range(key, offset, nbytes, data)
+            self._of_key.setdefault(key, []).append(asked)
         return True
 
     def take(self, key: str, offset: int, nbytes: int) -> bytes | None:
@@ -80,37 +91,35 @@ class ReadAhead:
         They are kept until the last of them is taken.
         """
         with self._changed:
-            asked = self._asked.get(key)
-            if asked is None or not self._covers(key, offset, nbytes):
-                return None
+            asked = self._find(key, offset, nbytes)
+        if asked is None:
+            return None
         try:
             data = asked.data.result()
-        except Exception:  # noqa: BLE001 - asked again by whoever wants them, and named there
+        except (Exception, CancelledError):  # asked again by whoever wants them, and named there
             data = b""
         start = offset - asked.offset
         with self._changed:
-            last = start + nbytes == asked.nbytes
-            if (last or len(data) < asked.nbytes) and self._asked.get(key) is asked:
-                self._forget(key)
+            last = start + nbytes == asked.nbytes or len(data) < asked.nbytes
+            if last and self._ranges.get((key, asked.offset)) is asked:
+                self._forget(asked)
         return data[start : start + nbytes] if len(data) == asked.nbytes else None
 
     def _fits(self, nbytes: int) -> bool:
         return self._held + nbytes <= self._room
 
-    def _covers(self, key: str, offset: int, nbytes: int) -> bool:
-        asked = self._asked.get(key)
-        return (
-            asked is not None
-            and asked.offset <= offset
-            and offset + nbytes <= asked.offset + asked.nbytes
-        )
+    def _find(self, key: str, offset: int, nbytes: int) -> _Range | None:
+        ranges = self._of_key.get(key, ())
+        return next((asked for asked in ranges if asked.covers(offset, nbytes)), None)
 
-    def _forget(self, key: str) -> None:
-        asked = self._asked.pop(key, None)
-        if asked is not None:
-            asked.data.cancel()
-            self._held -= asked.nbytes
-            self._changed.notify_all()
+    def _forget(self, asked: _Range) -> None:
+        del self._ranges[asked.key, asked.offset]
+        self._of_key[asked.key].remove(asked)
+        if not self._of_key[asked.key]:
+            del self._of_key[asked.key]
+        asked.data.cancel()
+        self._held -= asked.nbytes
+        self._changed.notify_all()
 
 
 class WriteBehind:

@@ -79,7 +79,8 @@ class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
             return
         for at in (at for task in tasks for at in task):
             # Where one is in memory the others are too, most often, and there may be very many.
-            if not self._store.advise(at.tensor, at.block, self._rows):
+            asked = self._store.advise(at.tensor, at.block, self._rows)
+            if not asked and self._store.storage.is_local:
                 return
 
     def _check(self, at: Blocks) -> list[_Found]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from relex_stream.locations import Location, local_directory, location
+from relex_stream.locations import Location, Url, local_directory, location
 from relex_stream.specs import Progress
 
-AnyPath = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str] | Url
 """A path of this machine, or as text a URL: ``"s3://bucket/run.store"``."""
 
 
@@ -46,7 +46,7 @@ class RunArguments(TypedDict, total=False):
     workers: int | None
     overwrite: bool
     dry_run: bool
-    scheduler: AnyPath | None
+    scheduler: str | os.PathLike[str] | None
     local_cluster: int | None
     devices: str
     device_memory_limit: int | None

@@ -266,7 +266,7 @@ def sweep(
     store: AnyPath,
     out: AnyPath,
     *,
-    grid: AnyPath | Sequence[Entry],
+    grid: str | os.PathLike[str] | Sequence[Entry],
     **run: Unpack[RunArguments],
 ) -> ModelsSummary:
     """Write the models of a grid of settings, with one index.

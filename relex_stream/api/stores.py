@@ -34,7 +34,7 @@ def build_store(
     include_base: bool = False,
     allow_nonfinite: bool = False,
     seed: int = 0,
-    scheduler: AnyPath | None = None,
+    scheduler: str | os.PathLike[str] | None = None,
     local_cluster: int | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
@@ -47,7 +47,8 @@ def build_store(
     checkpoints : path
         Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` or ``iter_N/``.
     store : path
-        The store, made if it is not there. Steps in it already are skipped.
+        The store, made if it is not there. It, base and checkpoints may be URLs of object storage
+        (``"s3://bucket/run.store"``); see docs/remote.md. Steps in it already are skipped.
     pattern : str, optional
         Other names of checkpoint directories, with ``{step}`` for the number.
     steps : str, optional

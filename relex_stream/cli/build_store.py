@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,14 +10,15 @@ from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.plan import describe_plan
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import BuildSummary
 
 
 @click.command("build-store")
-@click.argument("base", type=options.PATH)
-@click.argument("checkpoints", type=options.PATH)
+@click.argument("base", type=options.PLACE)
+@click.argument("checkpoints", type=options.PLACE)
 @options.store_argument
 @click.option(
     "--pattern",
@@ -57,9 +57,9 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     session: Session,
-    base: Path,
-    checkpoints: Path,
-    store: Path,
+    base: Location,
+    checkpoints: Location,
+    store: Location,
     *,
     pattern: str | None,
     steps: str | None,
@@ -76,6 +76,7 @@ def command(
     BASE is the directory of the model at step 0, CHECKPOINTS the directory that holds one
     directory per checkpoint. If STORE exists, steps it does not hold yet are appended to it.
     Steps are committed in groups of 16 or more: what an interrupted run has committed stays.
+    Each of the three may be a URL of object storage, like s3://bucket/run.store.
     """
     from relex_stream.api import build_store
 

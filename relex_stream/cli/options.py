@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from relex_stream.cli.session import Session
+from relex_stream.errors import OptionError
+from relex_stream.locations import local_directory, location
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -111,8 +113,29 @@ class NumberOr(click.ParamType[int | None]):
         return int(value)
 
 
-PATH = click.Path(path_type=Path)
-"""A path as it is: whether it exists is for the library to say, once and in one wording."""
+class _Place(click.Path):
+    """A path or URL as it is: whether it exists is for the library to say, in one wording."""
+
+    def __init__(self, *, local: bool) -> None:
+        super().__init__(path_type=Path)
+        self._local = local
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a path, or a URL where there may be one."""
+        try:
+            if not self._local:
+                return location(value)
+            what = param.make_metavar(ctx) if param is not None and ctx is not None else "path"
+            return local_directory(value, what)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = _Place(local=True)
+"""What is written: a path of this machine."""
+
+PLACE = _Place(local=False)
+"""What is read, and stores: a path, or a URL of object storage."""
 
 
 def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -153,13 +176,13 @@ def common(function: Function) -> Function:
     return function
 
 
-store_argument = click.argument("store", type=PATH)
+store_argument = click.argument("store", type=PLACE)
 
 base = click.option(
     "--base",
-    type=PATH,
+    type=PLACE,
     metavar="DIRECTORY",
-    help="Where the base model is now, if not where the store says.",
+    help="Where the base model is now, if not where the store says; may be a URL.",
 )
 
 memory_limit = click.option(

@@ -22,7 +22,7 @@ from ..locations import Url, location
 from ..objects import objects_at
 from ..pagecache import ask_for
 from ..specs import SourceCheckpoint
-from ..transfers import RESIDENT_BYTES, ReadAhead
+from ..transfers import READING_BYTES, ReadAhead
 
 _MOST_OPEN = 512
 
@@ -168,10 +168,10 @@ class CheckpointReader:
                 self._versions.setdefault(path, (file.size, file.modified_ns))
 
     @property
-    def transfer_bytes(self) -> int:
+    def reading_bytes(self) -> int:
         """What requests to object storage hold in memory, at most."""
         with self._changed:
-            return RESIDENT_BYTES if any("://" in path for path in self._versions) else 0
+            return READING_BYTES if any("://" in path for path in self._versions) else 0
 
     def limited_to(self, paths: Iterable[str]) -> CheckpointReader:
         """Return another reader, which expects the same of some files and nothing of others.

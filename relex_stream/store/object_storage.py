@@ -31,7 +31,7 @@ from relex_stream.locations import Url
 from relex_stream.objects import NotAsExpectedError, ObjectInfo, objects_at
 from relex_stream.store.files import Lock
 from relex_stream.store.storage import refuse_foreign
-from relex_stream.transfers import RESIDENT_BYTES, THREADS, ReadAhead, WriteBehind
+from relex_stream.transfers import READING_BYTES, THREADS, WRITING_BYTES, ReadAhead, WriteBehind
 
 if TYPE_CHECKING:
     from relex_stream.store.reach import Reach
@@ -106,7 +106,8 @@ class ObjectStorage:
     """
 
     is_local = False
-    transfer_bytes = RESIDENT_BYTES
+    reading_bytes = READING_BYTES
+    writing_bytes = WRITING_BYTES
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects

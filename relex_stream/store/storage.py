@@ -37,12 +37,13 @@ class Storage(Protocol):
     ----------
     is_local : bool
         Whether it is a directory of this machine.
-    transfer_bytes : int
+    reading_bytes, writing_bytes : int
         What requests that go on in the background hold in memory, at most.
     """
 
     is_local: bool
-    transfer_bytes: int
+    reading_bytes: int
+    writing_bytes: int
 
     def exists(self) -> bool:
         """Say whether there is anything at all."""
@@ -121,7 +122,8 @@ class LocalStorage:
     """A directory of this machine; a `Storage`."""
 
     is_local = True
-    transfer_bytes = 0
+    reading_bytes = 0
+    writing_bytes = 0
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -163,8 +163,8 @@ class StoreWriter:
 
     @property
     def transfer_bytes(self) -> int:
-        """As in `Storage`."""
-        return self._storage.transfer_bytes
+        """What requests to object storage hold in memory, at most."""
+        return self._storage.reading_bytes + self._storage.writing_bytes
 
     # --- writing --------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -338,10 +338,9 @@ def play(
         }
 
         def writer() -> None:
-            try:
+            # The last is of code that was broken on purpose.
+            with suppress(StoreError, RemoteError, NotAsExpectedError):
                 act(rng)
-            except (StoreError, RemoteError, NotAsExpectedError):
-                pass  # the last is of code that was broken on purpose
 
         with simulated(clients):
             turns.run(dict.fromkeys(names, writer))

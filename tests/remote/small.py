@@ -61,9 +61,8 @@ def append(writer: StoreWriter, values: Sequence[int]) -> None:
                 frame_bytes[column], frame_crc[column] = len(frame), crc_of(memoryview(frame))
                 group = row // 16
                 start = store.committed_bytes(tensor, block, group) if store else 0
-                start += sum(
-                    int(commit.frame_bytes[column]) for commit in commits if commit.row // 16 == group
-                )
+                here = [commit for commit in commits if commit.row // 16 == group]
+                start += sum(int(commit.frame_bytes[column]) for commit in here)
                 write_frames(writer.path, arrays.DELTAS, tensor, group, block, start, frame)
         commits.append(
             Commit(
