@@ -96,7 +96,7 @@ class ReadAhead:
             return None
         try:
             data = asked.data.result()
-        except (Exception, CancelledError):  # asked again by whoever wants them, and named there
+        except (Exception, CancelledError):  # noqa: BLE001 - named by whoever then asks for them
             data = b""
         start = offset - asked.offset
         with self._changed:

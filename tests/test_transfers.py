@@ -129,8 +129,10 @@ def test_an_error_comes_to_light_and_ends_what_was_to_follow():
     def fail() -> None:
         raise OSError("no")
 
-    behind.submit("a", 1, fail)
+    began = threading.Event()
+    behind.submit("a", 1, lambda: began.wait(10) and fail())
     behind.submit("a", 1, lambda: done.append("after"))
+    began.set()
     with pytest.raises(OSError, match="no"):
         behind.wait()
     with pytest.raises(OSError, match="no"):
