@@ -368,7 +368,9 @@ def shared_bytes(command: str, shape: planner.ModelShape, steps: int, model_byte
     if command == "extrapolate":
         return planner.extrapolate_shared_bytes(shape, steps, 1, 8, 1, shape.tensors)
     batch = planner.commit_batch(shape, int(model_bytes), 0, steps, STATISTICS_BYTES)
-    return planner.ingest_shared_bytes(shape, batch, steps - batch, planner.SUM_TREE_ALIVE)
+    return planner.ingest_shared_bytes(
+        shape, batch, steps - batch, planner.SUM_TREE_ALIVE, shape.tensors
+    )
 
 
 # --- projections ---------------------------------------------------------------------------------

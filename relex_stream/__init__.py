@@ -3,7 +3,7 @@
 ``build_store`` compresses a base model and its checkpoints, ``export`` gives a stored step back
 byte for byte, ``extrapolate`` predicts a later one (RELEX, arXiv 2605.21468), ``reconstruct``
 projects a stored one into its subspace, ``combine`` sums stored ones, ``sweep`` does any of it for
-grids of settings. ``import relex_stream`` loads
+grids of settings; ``watch`` follows a run while it is trained. ``import relex_stream`` loads
 nothing heavy: each public name is imported when it is first used (PEP 562).
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         combine,
         drop,
         export,
+        export_steps,
         extrapolate,
         info,
         open_store,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         report,
         sweep,
         verify,
+        watch,
     )
     from relex_stream.errors import (
         ClusterError,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         RelexStreamWarning,
         RemoteError,
         SourceError,
+        StoreBusyError,
         StoreError,
         TrajectoryError,
     )
@@ -64,6 +67,7 @@ __all__ = [
     "RelexStreamWarning",
     "RemoteError",
     "SourceError",
+    "StoreBusyError",
     "StoreError",
     "TrajectoryError",
     "__version__",
@@ -73,6 +77,7 @@ __all__ = [
     "combine",
     "drop",
     "export",
+    "export_steps",
     "extrapolate",
     "info",
     "open_store",
@@ -80,6 +85,7 @@ __all__ = [
     "report",
     "sweep",
     "verify",
+    "watch",
 ]
 
 _HOMES = {
@@ -91,6 +97,7 @@ _HOMES = {
         "combine",
         "drop",
         "export",
+        "export_steps",
         "extrapolate",
         "info",
         "open_store",
@@ -98,6 +105,7 @@ _HOMES = {
         "report",
         "sweep",
         "verify",
+        "watch",
     ),
     "relex_stream.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
 }

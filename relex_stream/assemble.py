@@ -7,26 +7,37 @@ export and extrapolate differ only in how a block's bits come about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream.blocks import Blocks
+from relex_stream.blocks import BlockOf, Blocks
 from relex_stream.errors import CorruptionError
-from relex_stream.specs import joined_pieces
+from relex_stream.pieces import Span, is_inside, span_runs, spans_of
 from relex_stream.store import Store
-from relex_stream.store.records import FileEntry, StoredTensor
+from relex_stream.store.records import FileEntry, RecipePart, StoredTensor
 from relex_stream.ulp import Bits
 from relex_stream.writer import Filler, OutputDirectory
 
 
-@dataclass(frozen=True)
-class _Destination:
+class _Destination(NamedTuple):
+    """Where a tensor goes, or a part of it; `span` is None for the whole."""
+
     path: str
     offset: int
+    span: Span | None = None
+
+
+class _Literal(NamedTuple):
+    """Where a run of a blob's bytes goes; to the blob's end where `nbytes` is None."""
+
+    path: str
+    offset: int
+    blob: str
+    start: int = 0
+    nbytes: int | None = None
 
 
 class Assembly:
@@ -43,6 +54,8 @@ class Assembly:
         Whether tensors have the base's dtype in these files (else the checkpoints').
     replaced : sequence of str
         Side files that the caller writes itself.
+    headers : mapping of str to bytes, optional
+        Of weights files, by path: what they begin with instead of the blob that their recipes do.
     """
 
     def __init__(
@@ -53,13 +66,23 @@ class Assembly:
         prefix: str,
         in_base_dtype: bool,
         replaced: Sequence[str] = (),
+        headers: Mapping[str, bytes] | None = None,
     ) -> None:
-        self._arguments = (store, tuple(entries), prefix, in_base_dtype, tuple(replaced))
+        self._arguments = (
+            store,
+            tuple(entries),
+            prefix,
+            in_base_dtype,
+            tuple(replaced),
+            dict(headers or {}),
+        )
         self._store = store
         self._prefix = prefix
         self._in_base_dtype = in_base_dtype
         self._entries = [entry for entry in entries if entry.path not in replaced]
-        self._literals: list[tuple[_Destination, str]] = []
+        self._headers = headers or {}
+        self._sizes = {entry.path: entry.size for entry in self._entries}
+        self._literals: list[_Literal] = []
         self._destinations: dict[str, list[_Destination]] = {}
         for entry in self._entries:
             if entry.recipe is not None:
@@ -70,20 +93,52 @@ class Assembly:
         return _assembly, self._arguments
 
     def _follow_recipe(self, entry: FileEntry) -> None:
-        offset = 0
-        for kind, name in self._store.recipe(entry):
-            place = _Destination(self._prefix + entry.path, offset)
-            if kind == "blob":
-                self._literals.append((place, name))
-                offset += self._store.blob_size(name)
+        path, offset, literal = self._prefix + entry.path, 0, 0
+        parts = self._store.recipe(entry)
+        header = self._headers.get(entry.path)
+        if header is not None:
+            parts, offset = parts[1:], len(header)
+        for part in parts:
+            if part.blob is not None:
+                self._literals.append(_Literal(path, offset, part.blob))
+                offset += self._store.blob_size(part.blob)
+            elif part.nbytes is not None:
+                if entry.blob is None:
+                    raise CorruptionError(f"the recipe of {entry.path} has bytes of no blob")
+                self._literals.append(_Literal(path, offset, entry.blob, literal, part.nbytes))
+                literal += part.nbytes
+                offset += part.nbytes
             else:
-                tensor = self._resolve(name, entry)
-                self._destinations.setdefault(tensor.name, []).append(place)
-                offset += tensor.elements * self._itemsize(tensor)
-        if offset != entry.size:
+                offset += self._place(part, entry, path, offset)
+        if header is not None:
+            self._sizes[entry.path] = offset
+        elif offset != entry.size:
             raise CorruptionError(
                 f"the recipe of {entry.path} makes {offset} bytes, not {entry.size}"
             )
+
+    def _place(self, part: RecipePart, entry: FileEntry, path: str, offset: int) -> int:
+        """Note where a tensor or a part of it goes; return its bytes."""
+        assert part.tensor is not None
+        tensor = self._resolve(part.tensor, entry)
+        places = self._destinations.setdefault(tensor.name, [])
+        itemsize = self._itemsize(tensor)
+        if part.box is None:
+            places.append(_Destination(path, offset))
+            return tensor.elements * itemsize
+        # The shape of a tied tensor is that of the one it is tied to.
+        if not is_inside(part.box, tensor.shape):
+            raise CorruptionError(
+                f"the recipe of {entry.path} names a part that tensor {part.tensor} does not have"
+            )
+        # Of a constant the elements are its bytes.
+        scale = tensor.dtype.itemsize if tensor.kind == "constant" else 1
+        nbytes = 0
+        for span in spans_of(part.box, tensor.shape):
+            scaled = span.scaled(scale)
+            places.append(_Destination(path, offset + nbytes, scaled))
+            nbytes += scaled.elements * itemsize
+        return nbytes
 
     def _resolve(self, name: str, entry: FileEntry) -> StoredTensor:
         tensor = self._store.tensors.get(name)
@@ -97,19 +152,31 @@ class Assembly:
         return tensor.base_itemsize if self._in_base_dtype else tensor.itemsize
 
     @property
+    def in_base_dtype(self) -> bool:
+        """Whether tensors have the base's dtype in the files."""
+        return self._in_base_dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(entry.size for entry in self._entries)
+        return sum(self._sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path without the prefix."""
+        return dict(self._sizes)
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors in the files."""
-        return sum(
-            self._store.tensors[name].elements
-            * self._itemsize(self._store.tensors[name])
-            * len(places)
-            for name, places in self._destinations.items()
-        )
+        total = 0
+        for name, places in self._destinations.items():
+            tensor = self._store.tensors[name]
+            elements = sum(
+                tensor.elements if place.span is None else place.span.elements for place in places
+            )
+            total += elements * self._itemsize(tensor)
+        return total
 
     @property
     def tensors(self) -> list[StoredTensor]:
@@ -125,31 +192,72 @@ class Assembly:
     def begin(self, output: OutputDirectory) -> None:
         """Make all files: side files whole, weights files at their size with their literals."""
         for entry in self._entries:
-            if entry.blob is not None:
-                output.write_file(self._prefix + entry.path, self._store.blob(entry.blob))
+            if entry.recipe is not None:
+                output.preallocate(self._prefix + entry.path, self._sizes[entry.path])
             else:
-                output.preallocate(self._prefix + entry.path, entry.size)
-        for place, name in self._literals:
-            output.write(place.path, place.offset, self._store.blob(name))
+                assert entry.blob is not None
+                output.write_file(self._prefix + entry.path, self._store.blob(entry.blob))
+        for path, header in self._headers.items():
+            output.write(self._prefix + path, 0, header)
+        blob, data = None, b""
+        for literal in self._literals:
+            if literal.blob != blob:
+                blob, data = literal.blob, self._store.blob(literal.blob)
+            nbytes = len(data) if literal.nbytes is None else literal.nbytes
+            if literal.start + nbytes > len(data):
+                raise CorruptionError(
+                    f"the recipe of {literal.path} wants more bytes than blob {blob} has"
+                )
+            here = memoryview(data)[literal.start : literal.start + nbytes]
+            output.write(literal.path, literal.offset, here)
 
     def put(self, output: Filler, at: Blocks, bits: Bits) -> None:
         """Write the bits of blocks wherever the files hold them; neighbours in one piece."""
         raw: NDArray[np.uint8] = bits.view(np.uint8)
         done = 0
-        first: list[tuple[str, int, int]] = []
+        first: list[tuple[str, int, int, int]] = []
         for block in at.blocks:
             nbytes = block.elements * bits.itemsize
             for number, place in enumerate(self._destinations[block.tensor.name]):
+                here = raw[done : done + nbytes]
                 offset = place.offset + block.start * bits.itemsize
-                if number == 0:
-                    first.append((place.path, offset, nbytes))
+                if place.span is not None:
+                    _put_span(output, place, block, here, bits.itemsize)
+                elif number == 0:
+                    first.append((place.path, offset, done, nbytes))
                 else:
-                    output.write(place.path, offset, raw[done : done + nbytes].data)
+                    output.write(place.path, offset, here.data)
             done += nbytes
-        done = 0
-        for path, offset, nbytes in joined_pieces(first):
-            output.write(path, offset, raw[done : done + nbytes].data)
-            done += nbytes
+        for path, offset, start, nbytes in _joined(first):
+            output.write(path, offset, raw[start : start + nbytes].data)
+
+
+def _joined(pieces: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, int, int, int]]:
+    """Join pieces, each (path, offset there, offset here, bytes), that neighbour in both."""
+    last: tuple[str, int, int, int] | None = None
+    for path, there, here, nbytes in pieces:
+        if last is not None and (last[0], last[1] + last[3], last[2] + last[3]) == (
+            path,
+            there,
+            here,
+        ):
+            last = *last[:3], last[3] + nbytes
+            continue
+        if last is not None:
+            yield last
+        last = path, there, here, nbytes
+    if last is not None:
+        yield last
+
+
+def _put_span(
+    output: Filler, place: _Destination, block: BlockOf, raw: NDArray[np.uint8], itemsize: int
+) -> None:
+    """Write what a part of the tensor has of a block."""
+    assert place.span is not None
+    runs = span_runs(place.span, place.offset, block.start, block.start + block.elements, itemsize)
+    for offset, first, elements in zip(*(column.tolist() for column in runs), strict=True):
+        output.write(place.path, offset, raw[first * itemsize : (first + elements) * itemsize].data)
 
 
 def _assembly(
@@ -158,5 +266,13 @@ def _assembly(
     prefix: str,
     in_base_dtype: bool,  # noqa: FBT001 - called by pickle
     replaced: Sequence[str],
+    headers: Mapping[str, bytes],
 ) -> Assembly:
-    return Assembly(store, entries, prefix=prefix, in_base_dtype=in_base_dtype, replaced=replaced)
+    return Assembly(
+        store,
+        entries,
+        prefix=prefix,
+        in_base_dtype=in_base_dtype,
+        replaced=replaced,
+        headers=headers,
+    )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +20,22 @@ import numpy as np
 from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
-from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
+from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.listing import read_file
 from relex_stream.locations import Location, lies_in, location, relative_to
-from relex_stream.matching import CheckpointPlaces, describe_tensors, match_checkpoint
+from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
-from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint, parse_steps
+from relex_stream.sources import (
+    CheckpointReader,
+    FoundCheckpoints,
+    Naming,
+    find_checkpoints,
+    open_checkpoint,
+    parse_steps,
+)
 from relex_stream.specs import BLOCK_BYTES, NoProgress, Progress, SourceCheckpoint
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import describe_steps
@@ -50,11 +59,16 @@ def build(
     *,
     pattern: str | None,
     steps: str | None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
     memory_limit: int | None,
     workers: int | None,
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None = None,
+    replace_from: int | None = None,
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -75,14 +89,15 @@ def build(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    _check_options(block_bytes, seed, workers)
+    _check_options(block_bytes, seed, workers, cast)
     if scheduler is not None or local_cluster is not None:
         # Workers have working directories of their own.
         base, checkpoints, store = base.absolute(), checkpoints.absolute(), store.absolute()
     _refuse_overlap(base, checkpoints, store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
-    found = find_checkpoints(checkpoints, pattern, selection)
+    naming = Naming(frozenset(base_checkpoint.tensors), strip_prefix, tuple(map_names))
+    found = find_checkpoints(checkpoints, pattern, selection, source)
     with (
         StoreWriter(store) as writer,
         CheckpointReader() as reader,
@@ -94,10 +109,17 @@ def build(
             progress=progress,
         ) as executor,
     ):
+        todo, skipped = _steps_to_add(
+            writer,
+            found,
+            partial(found.open, naming=naming),
+            reader,
+            cast=bool(cast),
+            replace_from=replace_from,
+            progress=progress,
+        )
         committed = writer.store
-        stored_steps = committed.steps if committed else ()
-        todo, skipped = _split_found(found.checkpoints, stored_steps)
-        opened: Iterator[SourceCheckpoint] = (open_checkpoint(path, step) for step, path in todo)
+        opened: Iterator[SourceCheckpoint] = (found.open(path, step, naming) for step, path in todo)
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
             check_base_layout(committed, base_checkpoint)
@@ -107,7 +129,8 @@ def build(
             first = next(opened)
             opened = chain([first], opened)
             tensors, _ = place_tensors(
-                describe_tensors(base_checkpoint, first, sketch_min_elements), block_bytes
+                describe_tensors(base_checkpoint, first, sketch_min_elements, cast=bool(cast)),
+                block_bytes,
             )
             sketch_width = SKETCH_WIDTH
         else:
@@ -117,11 +140,14 @@ def build(
         places: list[CheckpointPlaces] = []
         files = {}
         for checkpoint in opened:
-            name = _name_in(checkpoints.absolute(), location(checkpoint.directory))
+            name = _name_in(checkpoints, location(checkpoint.directory))
             before = places[-1] if places else None
-            places.append(match_checkpoint(checkpoint, tensors, name, before))
+            matched = match_checkpoint(checkpoint, tensors, name, before, cast=bool(cast))
+            places.append(matched)
             # Now, and not when its batch is committed: it would have to be opened again.
-            files[checkpoint.step] = _keep_files(writer, checkpoint)
+            files[checkpoint.step] = _keep_files(
+                writer, checkpoint, is_cast=bool(matched.is_cast.any())
+            )
             reader.expect(checkpoint)
         shape = model_shape(tensors, sketch_width)
         capacity = executor.prepare(
@@ -164,7 +190,9 @@ def build(
         )
 
 
-def _check_options(block_bytes: int, seed: int, workers: int | None) -> None:
+def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str | None) -> None:
+    if cast not in (None, "bf16"):
+        raise OptionError(f"--as must be bf16, not {cast}")
     if not 8 <= block_bytes <= MAX_BLOCK_BYTES or block_bytes % 8:
         raise OptionError(
             f"a block must be a multiple of 8 bytes up to {MAX_BLOCK_BYTES}, not {block_bytes}"
@@ -211,6 +239,80 @@ def _split_found(
     return todo, tuple(step for step, _ in found if step in known)
 
 
+OpenStep = Callable[[Location, int], SourceCheckpoint]
+
+
+def _steps_to_add(
+    writer: StoreWriter,
+    found: FoundCheckpoints,
+    open_step: OpenStep,
+    reader: CheckpointReader,
+    *,
+    cast: bool,
+    replace_from: int | None,
+    progress: Progress,
+) -> tuple[list[tuple[int, Location]], tuple[int, ...]]:
+    """Split what was found into steps to add and steps stored already, those replaced taken back.
+
+    Raises
+    ------
+    TrajectoryError
+        If stored steps are other ones than those found, and are not to be replaced.
+    """
+    store = writer.store
+    if store is None:
+        return _split_found(found.checkpoints, ())
+    kept = tuple(step for step in store.steps if replace_from is None or step < replace_from)
+    todo, skipped = _split_found(found.checkpoints, kept)
+    if todo and skipped:
+        again = [(step, path) for step, path in found.checkpoints if step in skipped]
+        _refuse_fork(store, again, open_step, reader, cast=cast)
+    if len(kept) == len(store.steps):
+        return todo, skipped
+    if not todo:
+        raise OptionError(
+            f"--replace-from {replace_from}: there are no steps from there on to put in the place "
+            "of those stored; to take them back alone, use drop"
+        )
+    # Those that come instead must be ones that can: what is taken back is gone.
+    for step, path in todo:
+        match_checkpoint(open_step(path, step), store.manifest.tensors, "", cast=cast)
+    dropped = writer.drop_after(kept[-1] if kept else 0)
+    progress.note(f"taken back, to be replaced: {describe_steps(dropped)}")
+    return todo, skipped
+
+
+def _refuse_fork(
+    store: Store,
+    again: Sequence[tuple[int, Location]],
+    open_step: OpenStep,
+    reader: CheckpointReader,
+    *,
+    cast: bool,
+) -> None:
+    """Refuse to go on where stored steps that are there `again` are other ones.
+
+    The last of them is looked at: what is appended follows it.
+
+    Raises
+    ------
+    TrajectoryError
+        Naming the first step that differs.
+    """
+
+    def differs(step: int, path: Location) -> bool:
+        return not is_stored(store, open_step(path, step), reader, cast=cast)
+
+    if not differs(*again[-1]):
+        return
+    step, path = next((step, path) for step, path in again if differs(step, path))
+    raise TrajectoryError(
+        f"step {step} in {path} is not the one that is stored: the run was taken up again before "
+        f"it (a fork). Give --replace-from {step} to take back the stored steps from there on and "
+        "store these instead, or name another STORE"
+    )
+
+
 def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> tuple[int, bool]:
     """Return seed and include_base as the store has them; an append cannot change them."""
     if store is None:
@@ -235,9 +337,13 @@ def _name_in(checkpoints: Location, path: Location) -> str:
     return Path(relative_to(path, checkpoints)).as_posix()
 
 
-def _keep_files(writer: StoreWriter, checkpoint: SourceCheckpoint) -> tuple[FileEntry, ...]:
-    entries = [writer.put_weights_file(file) for file in checkpoint.weights_files]
-    for name in checkpoint.side_files:
+def _keep_files(
+    writer: StoreWriter, checkpoint: SourceCheckpoint, *, is_cast: bool = False
+) -> tuple[FileEntry, ...]:
+    """Keep recipes of weights files that can be put together again, and the side files."""
+    weights_files, side_files = kept_files(checkpoint, is_cast=is_cast)
+    entries = [writer.put_weights_file(file) for file in weights_files]
+    for name in side_files:
         data = read_file(location(checkpoint.directory) / name)
         entries.append(writer.put_side_file(name, data))
     return tuple(entries)
@@ -287,11 +393,6 @@ class _Job:
     progress: Progress
 
     @property
-    def transfer_bytes(self) -> int:
-        """What requests to object storage hold."""
-        return self.writer.transfer_bytes + self.reader.reading_bytes
-
-    @property
     def _rows(self) -> int:
         return len(self.writer.store.steps) if self.writer.store else 0
 
@@ -325,8 +426,9 @@ class _Job:
             widest,
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
+            max((place.table.file.size for place in places), default=0),
         )
-        shared += self.transfer_bytes
+        shared += self.writer.transfer_bytes + self.reader.reading_bytes
         return planner.make_plan([stage], self.capacity, shared_bytes=shared)
 
     def run(
@@ -384,7 +486,7 @@ class _Job:
         # As they lie in the files: what the system reads ahead is then wanted next.
         by_place = sorted(
             (tensor for tensor in self.tensors if tensor.blocks),
-            key=lambda tensor: (first.file_of[tensor.index], first.offset_of[tensor.index]),
+            key=lambda tensor: first.table.first_place(tensor.index),
         )
         groups = grouped(
             (

@@ -28,6 +28,10 @@ class StoreError(RelexStreamError, OSError):
     """A store is missing, damaged, locked, or of a format this version does not read."""
 
 
+class StoreBusyError(StoreError):
+    """Another process works on a store; it will be free again."""
+
+
 class CorruptionError(StoreError):
     """Bytes of a store do not match the checksum committed for them."""
 

@@ -6,7 +6,7 @@ are tables of the block and its share of the tensor's statistics, which add up o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,15 +39,13 @@ from relex_stream.scan import (
     scan_tables,
 )
 from relex_stream.sketch import pack_sketch, sketch_key
+from relex_stream.source_blocks import SourceBlocks
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import Store, arrays
 from relex_stream.store.records import StoredTensor
 from relex_stream.store.write import Fence, sync_frames, write_frames
 from relex_stream.ulp import Bits, widen
-
-_MOST_FILES = 64
-"""Steps that one call of the kernel takes: as many files it holds open."""
 
 _MOST_ATTEMPTS = 3
 
@@ -161,7 +159,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         for tensor in tied_tensors:
             assert tensor.tied_to is not None
             self._heads_of.setdefault(tensor.tied_to, []).append(tensor)
-        self._files_of = _classes(checkpoint.file_of for checkpoint in checkpoints)
+        self._source = SourceBlocks(reader, checkpoints)
         # With many checkpoints the system's own reading ahead is faster: 16 took 10.1 to 12.0 s
         # from a disk, and 13.0 to 14.7 s where they were asked for.
         self.fetches = len(checkpoints) == 1 or self._is_remote
@@ -210,21 +208,21 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         first, *rest = [at for task in tasks for at in task]
         for index in range(len(self._checkpoints)):
             # As in `fetch_blocks`: one look for all that is read together.
-            if not self._advise(first, index) and index == 0:
+            if not self._source.advise(first, index) and index == 0:
                 return
             for at in rest:
-                self._advise(at, index)
-
-    def _advise(self, at: BlockOf, index: int) -> bool:
-        path, offset = self._place(at, index, at.tensor)
-        return self._reader.advise(path, offset, at.elements * at.tensor.itemsize)
+                self._source.advise(at, index)
 
     def _kind_of(self, at: BlockOf) -> Hashable:
         """Keep in one strip what lies in the same file of every checkpoint, sketched or not."""
         formats = float_formats(at)
-        if formats is None or at.tensor.name in self._heads_of:
+        if formats is None or self._is_held_again(at.tensor):
             return None
-        return formats, at.tensor.sketch_row >= 0, int(self._files_of[at.tensor.index])
+        return formats, at.tensor.sketch_row >= 0, self._source.kind_of(at.tensor)
+
+    def _is_held_again(self, tensor: StoredTensor) -> bool:
+        """Say whether its bits must equal others at every step: of a tied head, or of replicas."""
+        return tensor.name in self._heads_of or self._source.has_copies(tensor)
 
     @property
     def _workspace(self) -> Workspace:
@@ -260,16 +258,9 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         if self._fenced:
             self.of_thread(_Paths).append(path)
 
-    def _place(self, at: BlockOf, index: int, tensor: StoredTensor) -> tuple[str, int]:
-        """Return the file and the offset of the block's elements in a checkpoint's `tensor`."""
-        checkpoint = self._checkpoints[index]
-        path = checkpoint.files[checkpoint.file_of[tensor.index]]
-        return path, int(checkpoint.offset_of[tensor.index]) + at.start * tensor.itemsize
-
     def _read_step(self, at: BlockOf, index: int, buffer: str, tensor: StoredTensor) -> Bits:
         out = self._workspace.array(buffer, at.elements, np.dtype(f"u{tensor.itemsize}"))
-        path, offset = self._place(at, index, tensor)
-        self._reader.read(path, offset, out.view(np.uint8))
+        self._source.read(at, index, out, self._workspace, tensor)
         return out
 
     def _compare_constant(
@@ -280,7 +271,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
             if not np.array_equal(now, base_bits):
                 raise TrajectoryError(
                     f"step {checkpoint.step}: tensor {at.tensor.name} ({at.tensor.dtype.code}) in "
-                    f"{checkpoint.files[checkpoint.file_of[at.tensor.index]]} differs from the "
+                    f"{self._source.path_of(at, index)} differs from the "
                     "base; only BF16, F16 and F32 tensors may change. Leave that step out with "
                     "--steps"
                 )
@@ -293,8 +284,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         base = workspace.array("wide base", at.elements, at.format.bits_dtype)
         widen(base_bits, at.base_format, at.format, base)
         first = at.blocks[0]
-        heads = self._heads_of.get(first.tensor.name, ())
-        if heads:
+        if first.tensor.name in self._heads_of:
             self._check_tied_base(first, base_bits)
         if self._store is not None and self._rows:
             reader = BlockReader(self._store, self._base, workspace)
@@ -306,12 +296,14 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         sketched = first.tensor.sketch_row >= 0
         tables = scan_tables(len(at.blocks), steps, self._sketch_width if sketched else 0)
         frames = [_Frames(self, block) for block in at.blocks]
-        # A head that is tied to this tensor is compared with the state after every single step.
-        run = 1 if heads else min(_MOST_FILES, self._reader.max_open)
+        # What must be equal is compared with the state after every single step.
+        held_again = self._is_held_again(first.tensor)
+        run = 1 if held_again else self._source.steps_at_a_time(at)
         for low in range(0, steps, run):
             self._scan_run(at, low, min(steps, low + run), base, state, tables, frames)
-            if heads:
+            if held_again:
                 self._check_tied_step(first, low, state)
+                self._check_copies(first, low, state)
         if not self._allow_nonfinite and (tables.nonfinite_at >= 0).any():
             number, index = map(int, np.argwhere(tables.nonfinite_at >= 0)[0])
             position = int(tables.nonfinite_at[number, index])
@@ -329,25 +321,18 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         frames: Sequence[_Frames],
     ) -> None:
         """Take blocks through the steps ``low : high`` of the batch, all files open at once."""
-        indices = [block.tensor.index for block in at.blocks]
         starts = np.array([block.start for block in at.blocks], np.int64)
-        checkpoints = self._checkpoints[low:high]
-        # All blocks of a strip lie in the same files.
-        paths = [checkpoint.files[checkpoint.file_of[indices[0]]] for checkpoint in checkpoints]
-        offsets = np.stack([checkpoint.offset_of[indices] for checkpoint in checkpoints], axis=1)
-        offsets += starts[:, None] * at.format.itemsize
         keys = np.zeros(len(at.blocks), np.uint64)
         if tables.sketch.shape[2] > 0:
             keys[:] = [sketch_key(self._seed, block.tensor.name) for block in at.blocks]
         blocks = ScanBlocks(at.bounds, base, state, at.format.tag, starts, keys)
         buffers = self._scan_buffers(at)
         done = attempts = 0
-        while done < offsets.size:
+        while done < len(at.blocks) * (high - low):
             before = done
-            with self._reader.borrow(paths) as descriptors:
+            with self._source.lent(at, low, high, self._workspace) as reads:
                 done, reason = scan_steps(
-                    np.array(descriptors, np.int32),
-                    offsets,
+                    reads,
                     done,
                     low,
                     (self._rows + low) % STEP_GROUP,
@@ -362,7 +347,8 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
                 self._read_step(at.blocks[number], low + step, "other", at.blocks[number].tensor)
                 attempts += 1
                 if attempts > _MOST_ATTEMPTS:
-                    raise SourceError(f"{paths[step]}: reading fails again and again")
+                    path = self._source.path_of(at.blocks[number], low + step)
+                    raise SourceError(f"{path}: reading fails again and again")
 
     @staticmethod
     def _keep_frames(
@@ -399,7 +385,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         return TrajectoryError(
             f"step {checkpoint.step}: tensor {at.tensor.name} holds a value that is not finite "
             f"(bits {pattern:#x}) at element {at.start + position}, where the base is finite, in "
-            f"{checkpoint.files[checkpoint.file_of[at.tensor.index]]}; leave that step out with "
+            f"{self._source.path_of(at, index)}; leave that step out with "
             "--steps, or store it exactly with --allow-nonfinite"
         )
 
@@ -418,12 +404,23 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
     def _check_tied_step(self, at: BlockOf, index: int, bits: Bits) -> None:
         checkpoint = self._checkpoints[index]
         for head in self._heads_of.get(at.tensor.name, ()):
-            if checkpoint.file_of[head.index] < 0:
+            if not checkpoint.table.holds(head.index):
                 continue
             if not np.array_equal(self._read_step(at, index, "tied", head), bits):
                 raise TrajectoryError(
                     f"step {checkpoint.step}: {head.name} in {checkpoint.directory} differs from "
                     f"{at.tensor.name}, but the base has only one of them; give a base with both"
+                )
+
+    def _check_copies(self, at: BlockOf, index: int, bits: Bits) -> None:
+        for first, copy in self._source.copies(at, index, self._workspace):
+            if not np.array_equal(copy, bits[first : first + copy.size]):
+                checkpoint = self._checkpoints[index]
+                raise TrajectoryError(
+                    f"step {checkpoint.step}: {checkpoint.directory} holds parts of "
+                    f"{at.tensor.name} several times, and they differ (replicas of ranks that "
+                    "fell out of step?); merge it with the trainer's own tool, or leave the step "
+                    "out with --steps"
                 )
 
     def write_frames(self, at: BlockOf, chunk_row: int, written: int, data: memoryview) -> None:
@@ -447,20 +444,6 @@ class _Buffers:
     """Of the kernel, for a thread."""
 
     scan: ScanBuffers | None = None
-
-
-def _classes(tables: Iterable[NDArray[Any]]) -> NDArray[np.int64]:
-    """Return a number per column of some tables, equal where the columns are equal in all."""
-    classes: NDArray[np.int64] | None = None
-    last: NDArray[Any] | None = None
-    for table in tables:
-        if last is not None and np.array_equal(table, last):
-            continue
-        # Two at a time: with hundreds of checkpoints, whole columns would be long to compare.
-        pairs = table if classes is None else classes * (int(table.max()) + 2) + table
-        classes, last = np.unique(pairs, return_inverse=True)[1], table
-    assert classes is not None
-    return classes
 
 
 class _Frames:

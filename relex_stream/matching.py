@@ -7,20 +7,25 @@ checked when they are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relex_stream.errors import TrajectoryError
+from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.listing import file_status
 from relex_stream.locations import location
-from relex_stream.specs import SourceCheckpoint
+from relex_stream.pieces import PieceTable, Span, spans_of
+from relex_stream.sources.checkpoint import INDEX_FILE
+from relex_stream.specs import Piece, SourceCheckpoint, TensorPlace, WeightsFile
 from relex_stream.store.arrays import array_name
 from relex_stream.store.records import StoredTensor
 from relex_stream.ulp import FORMATS, can_widen
+
+_CAST = ("F32", "BF16")
+"""What ``--as bf16`` casts from and to."""
 
 _HEAD_SUFFIXES = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDING_SUFFIXES = (
@@ -33,21 +38,33 @@ _EMBEDDING_SUFFIXES = (
 
 
 def describe_tensors(
-    base: SourceCheckpoint, first: SourceCheckpoint, sketch_min_elements: int
+    base: SourceCheckpoint,
+    first: SourceCheckpoint,
+    sketch_min_elements: int,
+    *,
+    cast: bool = False,
 ) -> list[dict[str, Any]]:
     """Decide what the store keeps of each tensor, from the headers of base and first checkpoint.
+
+    With `cast`, tensors that are BF16 in the base and F32 in the checkpoints are kept in BF16.
 
     Raises
     ------
     TrajectoryError
-        If the two do not have the same tensors, up to a tied output head.
+        If the two do not have the same tensors, up to a tied output head; or if there is nothing
+        in the base to cast to.
     """
+    if cast and not any(place.spec.dtype.code == "BF16" for place in base.tensors.values()):
+        raise TrajectoryError(
+            f"--as bf16 casts to BF16 what the base has in BF16, and {base.directory} has nothing "
+            "in it; give the base in BF16"
+        )
     described: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
     unmatched = []
     for name in sorted(base.tensors.keys() | first.tensors.keys()):
         if name in base.tensors and name in first.tensors:
-            described[name] = _describe(name, base, first)
+            described[name] = _describe(name, base, first, cast=cast)
             continue
         holder, other = (base, first) if name in base.tensors else (first, base)
         target = _tied_target(name, holder, other)
@@ -84,20 +101,24 @@ def _refuse_clashes(names: Sequence[str]) -> None:
             )
 
 
-def _describe(name: str, base: SourceCheckpoint, first: SourceCheckpoint) -> dict[str, Any]:
+def _describe(
+    name: str, base: SourceCheckpoint, first: SourceCheckpoint, *, cast: bool
+) -> dict[str, Any]:
     spec = base.tensors[name].spec
     return {
         "name": name,
         "kind": "tracked" if spec.dtype.tracked else "constant",
         "base_dtype": spec.dtype.code,
-        "dtype": _checkpoint_dtype(name, base, first),
+        "dtype": _checkpoint_dtype(name, base, first, cast=cast),
         "shape": list(spec.shape),
         "tied_to": None,
         "sketch_row": -1,
     }
 
 
-def _checkpoint_dtype(name: str, base: SourceCheckpoint, checkpoint: SourceCheckpoint) -> str:
+def _checkpoint_dtype(
+    name: str, base: SourceCheckpoint, checkpoint: SourceCheckpoint, *, cast: bool
+) -> str:
     ours, theirs = base.tensors[name].spec, checkpoint.tensors[name].spec
     if ours.shape != theirs.shape:
         raise TrajectoryError(
@@ -105,6 +126,8 @@ def _checkpoint_dtype(name: str, base: SourceCheckpoint, checkpoint: SourceCheck
             f"{checkpoint.tensors[name].path}, {list(ours.shape)} in the base; "
             "is it a checkpoint of another model?"
         )
+    if cast and (theirs.dtype.code, ours.dtype.code) == _CAST:
+        return ours.dtype.code
     same = ours.dtype == theirs.dtype
     both_tracked = ours.dtype.tracked and theirs.dtype.tracked
     if same or (both_tracked and can_widen(FORMATS[ours.dtype.code], FORMATS[theirs.dtype.code])):
@@ -153,18 +176,49 @@ def _has_extra(checkpoint: SourceCheckpoint, names: Sequence[str]) -> str:
 class CheckpointPlaces:
     """Where one checkpoint's tensors are, kept small: there may be 500 of 30,000 tensors.
 
-    ``name`` is its directory relative to that of all checkpoints. ``file_of`` is -1 where it
-    does not hold the tensor (a tied head).
+    Attributes
+    ----------
+    step : int
+    name : str
+        Its directory relative to that of all checkpoints.
+    directory : str
+    files : tuple of str
+        Paths of the weights files, which tables number.
+    table : PieceTable
+        Of the store's tensors, in its order; elements of constants are their bytes. Nothing where
+        the checkpoint does not hold one (a tied head).
+    is_cast : ndarray of bool, shape (tensors,)
+        Which lie there in F32 and are kept in BF16.
+    copies : PieceTable or None
+        Pieces that are there once more, of the same tensors.
+    nbytes : int
+        Bytes of all files that are taken in.
+    skipped_files : tuple of str
     """
 
     step: int
     name: str
     directory: str
     files: tuple[str, ...]
-    file_of: NDArray[np.int32]
-    offset_of: NDArray[np.int64]
+    table: PieceTable
+    is_cast: NDArray[np.bool_]
+    copies: PieceTable | None
     nbytes: int
     skipped_files: tuple[str, ...]
+
+
+def kept_files(
+    checkpoint: SourceCheckpoint, *, is_cast: bool
+) -> tuple[tuple[WeightsFile, ...], tuple[str, ...]]:
+    """Return the files of a checkpoint that can be had from the store: of weights, and others.
+
+    Without those that also hold what is not kept, and those of weights that are cast.
+    """
+    if is_cast:
+        others = tuple(name for name in checkpoint.side_files if name != INDEX_FILE)
+        return (), others
+    whole = tuple(file for file in checkpoint.weights_files if file.parts is not None)
+    return whole, checkpoint.side_files
 
 
 def match_checkpoint(
@@ -172,6 +226,8 @@ def match_checkpoint(
     tensors: Sequence[StoredTensor],
     name: str,
     before: CheckpointPlaces | None = None,
+    *,
+    cast: bool = False,
 ) -> CheckpointPlaces:
     """Check a checkpoint's headers against the store's tensors and keep where they are.
 
@@ -181,8 +237,56 @@ def match_checkpoint(
     Raises
     ------
     TrajectoryError
-        If a tensor is missing, extra, or has another shape or dtype.
+        If a tensor is missing, extra, or has another shape or dtype (but one that `cast` allows).
+    SourceError
+        If a side file is gone since the checkpoint was opened.
     """
+    _refuse_other_tensors(checkpoint, tensors)
+    places = [checkpoint.tensors.get(tensor.name) for tensor in tensors]
+    is_cast = np.zeros(len(tensors), np.bool_)
+    for tensor, place in zip(tensors, places, strict=True):
+        if place is not None and (place.spec.shape, place.spec.dtype) != (
+            tensor.shape,
+            tensor.dtype,
+        ):
+            is_cast[tensor.index] = _is_cast(checkpoint, tensor, place, cast=cast)
+    number = {path: i for i, path in enumerate(sorted(checkpoint.weights_paths))}
+    table = _table(tensors, places, number, before.table if before else None)
+    copies = None
+    if checkpoint.copies and not is_cast.any():
+        copies = PieceTable.of(
+            _spans(tensor, checkpoint.copies.get(tensor.name, ()), number, tensor.dtype.itemsize)
+            for tensor in tensors
+        )
+    if before is not None:
+        table = table.sharing(before.table)
+        if np.array_equal(is_cast, before.is_cast):
+            is_cast = before.is_cast
+        if copies is not None and before.copies is not None:
+            copies = copies.sharing(before.copies)
+    try:
+        side_bytes = sum(
+            file_status(location(checkpoint.directory) / name).size
+            for name in checkpoint.side_files
+        )
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename}: cannot be read: {error.strerror}; check that it is still there"
+        ) from error
+    return CheckpointPlaces(
+        step=checkpoint.step,
+        name=name,
+        directory=checkpoint.directory,
+        files=tuple(number),
+        table=table,
+        is_cast=is_cast,
+        copies=copies,
+        nbytes=checkpoint.nbytes + side_bytes,
+        skipped_files=checkpoint.skipped_files,
+    )
+
+
+def _refuse_other_tensors(checkpoint: SourceCheckpoint, tensors: Sequence[StoredTensor]) -> None:
     names = {tensor.name for tensor in tensors}
     missing = [
         tensor.name
@@ -194,38 +298,74 @@ def match_checkpoint(
     extra = [name for name in checkpoint.tensors if name not in names]
     if extra:
         raise TrajectoryError(_has_extra(checkpoint, extra))
-    paths = sorted({place.path for place in checkpoint.tensors.values()})
-    number = {path: i for i, path in enumerate(paths)}
-    file_of = np.full(len(tensors), -1, np.int32)
-    offset_of = np.zeros(len(tensors), np.int64)
-    for tensor in tensors:
-        place = checkpoint.tensors.get(tensor.name)
-        if place is None:
-            continue
-        if place.spec.shape != tensor.shape or place.spec.dtype != tensor.dtype:
-            raise TrajectoryError(
-                f"step {checkpoint.step}: tensor {tensor.name} in {place.path} is "
-                f"{place.spec.dtype.code} {list(place.spec.shape)}, expected {tensor.dtype.code} "
-                f"{list(tensor.shape)}; is it a checkpoint of another model? "
-                "Leave it out with --steps"
-            )
-        file_of[tensor.index] = number[place.path]
-        offset_of[tensor.index] = place.offset
-    if before is not None:
-        if np.array_equal(file_of, before.file_of):
-            file_of = before.file_of
-        if np.array_equal(offset_of, before.offset_of):
-            offset_of = before.offset_of
-    side_bytes = sum(
-        file_status(location(checkpoint.directory) / name).size for name in checkpoint.side_files
+
+
+def _is_cast(
+    checkpoint: SourceCheckpoint, tensor: StoredTensor, place: TensorPlace, *, cast: bool
+) -> bool:
+    """Return True for a tensor that is to be cast; refuse any other difference."""
+    found = f"tensor {tensor.name} in {place.path} is {place.spec.dtype.code} "
+    found += f"{list(place.spec.shape)}, expected {tensor.dtype.code} {list(tensor.shape)}"
+    castable = (place.spec.dtype.code, tensor.dtype.code) == _CAST
+    if not castable or place.spec.shape != tensor.shape:
+        raise TrajectoryError(
+            f"step {checkpoint.step}: {found}; is it a checkpoint of another model? "
+            "Leave it out with --steps"
+        )
+    if not cast:
+        raise TrajectoryError(
+            f"step {checkpoint.step}: {found}; give --as bf16, as for the steps before it"
+        )
+    return True
+
+
+def _table(
+    tensors: Sequence[StoredTensor],
+    places: Sequence[TensorPlace | None],
+    number: Mapping[str, int],
+    before: PieceTable | None,
+) -> PieceTable:
+    if any(place is not None and place.pieces for place in places):
+        return PieceTable.of(
+            []
+            if place is None
+            else _spans(tensor, place.pieces, number, place.spec.dtype.itemsize)
+            if place.pieces
+            else [(number[place.path], place.offset, _whole(tensor))]
+            for tensor, place in zip(tensors, places, strict=True)
+        )
+    # One piece for each tensor: in columns, since tensors may be very many.
+    held = [place for place in places if place is not None]
+    bounds = np.cumsum([0, *(place is not None for place in places)], dtype=np.int64)
+    if before is not None and np.array_equal(bounds, before.bounds):
+        spans = before.spans
+    else:
+        spans = np.array(
+            [_whole(t) for t, place in zip(tensors, places, strict=True) if place is not None],
+            np.int64,
+        ).reshape(-1, 4)
+    return PieceTable(
+        bounds,
+        np.array([number[place.path] for place in held], np.int32),
+        np.array([place.offset for place in held], np.int64),
+        spans,
     )
-    return CheckpointPlaces(
-        step=checkpoint.step,
-        name=name,
-        directory=checkpoint.directory,
-        files=tuple(paths),
-        file_of=file_of,
-        offset_of=offset_of,
-        nbytes=checkpoint.nbytes + side_bytes,
-        skipped_files=checkpoint.skipped_files,
-    )
+
+
+def _whole(tensor: StoredTensor) -> Span:
+    return Span(0, 1, tensor.elements, max(1, tensor.elements))
+
+
+def _spans(
+    tensor: StoredTensor, pieces: Sequence[Piece], number: Mapping[str, int], itemsize: int
+) -> list[tuple[int, int, Span]]:
+    """Return file, offset and span of pieces whose elements have `itemsize` bytes."""
+    # Of a constant the elements are its bytes.
+    scale = itemsize if tensor.kind == "constant" else 1
+    spans = []
+    for piece in pieces:
+        offset = piece.offset
+        for span in spans_of(piece.box, tensor.shape):
+            spans.append((number[piece.path], offset, span.scaled(scale)))
+            offset += span.elements * itemsize
+    return spans

@@ -8,6 +8,7 @@ here changes what is read or written, and a system without these calls only take
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -32,6 +33,25 @@ def ask_for(descriptor: int, offset: int, nbytes: int) -> bool:
         return False
     os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
     return True
+
+
+def forget(path: str) -> None:
+    """Have a file's bytes come from the disk when they are next read.
+
+    What was not written yet is, first: the system keeps it in memory until then. A file that cannot
+    be opened is left to whoever reads it to name.
+    """
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Some network file systems refuse to sync what is open for reading.
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _in_memory(descriptor: int, offset: int) -> bool:

@@ -118,12 +118,13 @@ def _objects_bytes(shape: ModelShape) -> int:
 def ingest_worker_bytes(shape: ModelShape, steps: int) -> int:
     """One worker of build-store, for a batch of `steps`.
 
-    Base as read, base widened, the state, one more for a tied head; the piece being compared with
-    its values; the codec; two frames (a sparse and a dense one to choose from) beside those not
+    Base as read, base widened, the state, one more for a tied head or a replica; a block as its
+    files hold it, where it is fetched whole or cast from F32; the piece being compared with its
+    values; the codec; two frames (a sparse and a dense one to choose from) beside those not
     yet written; frames of earlier steps, for the state an append begins with; the block's
     statistics.
     """
-    blocks = 4 * shape.largest_block_bytes
+    blocks = 6 * shape.largest_block_bytes
     piece = 2 << 20
     frames = shape.largest_block_bytes + max(shape.largest_block_bytes, 7 * shape.largest_block)
     frames += 2 << 20
@@ -137,13 +138,17 @@ def _ingest_partial_bytes(shape: ModelShape, steps: int) -> int:
 
 
 def ingest_shared_bytes(
-    shape: ModelShape, steps: int, rows: int, largest_tensor_blocks: int
+    shape: ModelShape, steps: int, rows: int, largest_tensor_blocks: int, pieces: int
 ) -> int:
-    """Count what all workers of build-store share for a batch: sums, results, tables, objects."""
+    """Count what all workers of build-store share for a batch: sums, results, tables, objects.
+
+    `pieces` are those that the tensors of one checkpoint lie in.
+    """
     tree = min(largest_tensor_blocks, SUM_TREE_ALIVE) * _ingest_partial_bytes(shape, steps)
     results = steps * (shape.sketched * (2 * shape.sketch_width + 4) + shape.tensors * 20)
     tables = (rows + 2 * steps) * shape.blocks * 16
-    places = steps * shape.tensors * 12
+    # Files and offsets may differ from step to step; where in the tensors they are does not.
+    places = steps * pieces * 12 + pieces * 40
     return tree + 2 * results + tables + places + _objects_bytes(shape)
 
 
@@ -221,6 +226,16 @@ def copy_worker_bytes(shape: ModelShape) -> int:
     """One worker of export: base, state, codec, frames."""
     blocks = 3 * shape.largest_block_bytes
     return blocks + codec_bytes(shape) + _frames_at_hand_bytes(shape)
+
+
+def compare_worker_bytes(shape: ModelShape) -> int:
+    """One worker of a comparison: what export has, and the block of the checkpoint, F32 if cast.
+
+    A copy of it, and where it differs.
+    """
+    wide = 4 * shape.largest_block
+    differences = shape.largest_block + 8 * shape.largest_block
+    return copy_worker_bytes(shape) + 2 * shape.largest_block_bytes + wide + differences
 
 
 def extrapolate_shared_bytes(

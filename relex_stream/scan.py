@@ -21,7 +21,14 @@ from relex_stream.kernels import kernel
 from relex_stream.pages import PAGE_BYTES, page_lead
 from relex_stream.sketch import add_to_sketch
 from relex_stream.specs import STEP_GROUP
-from relex_stream.ulp import MASKS_SHAPE, Bits, find_changes, retreat, take_changes
+from relex_stream.ulp import (
+    MASKS_SHAPE,
+    Bits,
+    find_changes,
+    retreat,
+    round_to_bf16,
+    take_changes,
+)
 
 PIECE_BYTES = 256 << 10
 """Bytes read at a time: they and the state they are compared with fit a core's own cache."""
@@ -29,16 +36,56 @@ PIECE_BYTES = 256 << 10
 FRAMES_BYTES = 2 << 20
 """Frames that a worker keeps before it writes them, beside room for one more."""
 
+_WIDE_BYTES = 4
+"""Of an element that is cast."""
+
 DONE, FULL, UNREADABLE = range(3)
 """Why `scan_steps` returned: all steps are done; there is no room for the next step's frame; the
 next step could not be read (the state is before it)."""
 
 
+FETCHED = -1
+"""In place of a file: the bytes are at hand already."""
+
+
+class Reads(NamedTuple):
+    """Where the bytes of n blocks are at T steps: pair p is of block ``p // T``, step ``p % T``.
+
+    Attributes
+    ----------
+    descriptors : ndarray of int32
+        Open files.
+    bounds : ndarray of int64, shape (n * T + 1,)
+        Pair p is made of the runs ``bounds[p] : bounds[p + 1]``, one behind the other.
+    file : ndarray of int32, shape (runs,)
+        Number of the descriptor, or `FETCHED`.
+    offset, nbytes : ndarray of int64, shape (runs,)
+        Where each run begins in its file (or in `fetched`), and its bytes.
+    is_cast : ndarray of bool, shape (T,)
+        Whether the bytes of a step are F32, to be rounded to BF16.
+    fetched : ndarray of uint8
+    """
+
+    descriptors: NDArray[np.int32]
+    bounds: NDArray[np.int64]
+    file: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    is_cast: NDArray[np.bool_]
+    fetched: NDArray[np.uint8]
+
+
 class ScanBuffers(NamedTuple):
-    """Buffers of one worker for blocks of one dtype; see `scan_buffers`."""
+    """Buffers of one worker for blocks of one dtype; see `scan_buffers`.
+
+    ``wide`` and ``after`` are views of ``raw``; ``cast_bytes`` is one of ``cast``.
+    """
 
     raw: NDArray[np.uint8]
     after: Bits
+    wide: NDArray[np.uint32]
+    cast: Bits
+    cast_bytes: NDArray[np.uint8]
     masks: NDArray[np.uint64]
     values: NDArray[np.float64]
     positions: NDArray[np.uint32]
@@ -106,9 +153,13 @@ def scan_buffers(codec: FrameCodec, changes: Changes) -> ScanBuffers:
     """Return buffers for the blocks that `codec` is for, around its own and those of `changes`."""
     raw = np.empty(PIECE_BYTES + PAGE_BYTES, np.uint8)
     after = raw.view(changes.zigzags.dtype)
+    cast = np.empty(raw.size // _WIDE_BYTES, after.dtype)
     return ScanBuffers(
         raw=raw,
         after=after,
+        wide=raw.view(np.uint32),
+        cast=cast,
+        cast_bytes=cast.view(np.uint8),
         masks=np.empty(MASKS_SHAPE, np.uint64),
         values=np.empty(after.size),
         positions=changes.positions,
@@ -138,37 +189,58 @@ _page_lead = njit(inline="always")(page_lead)
 
 
 @kernel
-def _read_piece(descriptor, offset, raw):  # type: ignore[no-untyped-def]
-    done = 0
-    while done < raw.size:
-        rest = raw[done:]
-        count = read_at(descriptor, rest.ctypes, np.uint64(rest.size), offset + done)
+def _read_piece(reads, run, done, raw):  # type: ignore[no-untyped-def]
+    """Fill `raw` from `done` bytes behind the start of a run on; return where that ended.
+
+    Both are negative where a file cannot be read so far.
+    """
+    filled = 0
+    while filled < raw.size:
+        if done == reads.nbytes[run]:
+            run, done = run + 1, 0
+            continue
+        size = min(raw.size - filled, reads.nbytes[run] - done)
+        at = reads.offset[run] + done
+        rest = raw[filled : filled + size]
+        if reads.file[run] == FETCHED:
+            rest[:] = reads.fetched[at : at + size]
+            count = size
+        else:
+            descriptor = reads.descriptors[reads.file[run]]
+            count = read_at(descriptor, rest.ctypes, np.uint64(size), at)
         if count <= 0:
-            return False
+            return -1, -1
+        filled += count
         done += count
-    return True
+    return run, done
 
 
 @njit
-def _scan_step(descriptor, offset, blocks, buffers, tables, block, step):  # type: ignore[no-untyped-def]
+def _scan_step(reads, pair, number, blocks, buffers, tables, block, step):  # type: ignore[no-untyped-def]
     """Take a block through one step; return how many elements changed, -1 if it is unreadable."""
     here = slice(blocks.bounds[block], blocks.bounds[block + 1])
     base, state = blocks.base[here], blocks.state[here]
-    itemsize = state.itemsize
+    is_cast = reads.is_cast[number]
+    itemsize = _WIDE_BYTES if is_cast else state.itemsize
     piece = (buffers.raw.size - PAGE_BYTES) // itemsize
     found = 0
     crc = np.uint32(0)
-    lead = _page_lead(np.int64(buffers.raw.ctypes.data), offset)
-    after = buffers.after[lead // itemsize :]
+    run, done = reads.bounds[pair], np.int64(0)
+    lead = _page_lead(np.int64(buffers.raw.ctypes.data), reads.offset[run])
+    after = buffers.cast if is_cast else buffers.after[lead // itemsize :]
     for first in range(0, state.size, piece):
         stop = min(state.size, first + piece)
         raw = buffers.raw[lead : lead + (stop - first) * itemsize]
-        if not _read_piece(descriptor, offset + first * itemsize, raw):
+        run, done = _read_piece(reads, run, done, raw)
+        if run < 0:
             retreat(state, buffers.positions, buffers.zigzags, found)
             tables.sketch[block, step] = 0.0
             tables.change_sq[block, step] = tables.delta_sq_growth[block, step] = 0.0
             tables.nonfinite_at[block, step] = -1
             return -1
+        if is_cast:
+            round_to_bf16(buffers.wide[lead // itemsize :][: stop - first], buffers.cast)
+            raw = buffers.cast_bytes[: (stop - first) * state.itemsize]
         crc = checksum.extend(crc, raw)
         positions = buffers.positions[found:]
         count = find_changes(
@@ -211,23 +283,20 @@ def _scan_step(descriptor, offset, blocks, buffers, tables, block, step):  # typ
 
 @kernel
 def scan_steps(  # type: ignore[no-untyped-def]
-    descriptors, offsets, done, first_step, first_row, blocks, buffers, tables
+    reads, done, first_step, first_row, blocks, buffers, tables
 ):
     """Take blocks from the state before step `first_step` through the steps after it.
 
-    One block after the other, each through all the steps: pair number p is block ``p // T`` at the
-    step ``p % T`` of these.
+    One block after the other, each through all the steps.
 
     Parameters
     ----------
-    descriptors : ndarray of int32, shape (T,)
-        Open files of the steps ``first_step`` to ``first_step + T - 1`` of the tables.
-    offsets : ndarray of int64, shape (n, T)
-        Where each block begins in each.
+    reads : Reads
+        Where the blocks are at the steps ``first_step`` to ``first_step + T - 1`` of the tables.
     done : int
         Pairs taken by earlier calls.
     first_step : int
-        Column of the tables that the first descriptor belongs to.
+        Column of the tables that the first step of `reads` belongs to.
     first_row : int
         Row of its frame within the chunk; later rows count on from 0 behind the chunk's last.
     blocks : ScanBlocks
@@ -244,17 +313,16 @@ def scan_steps(  # type: ignore[no-untyped-def]
     reason : int
         `DONE`, `FULL` or `UNREADABLE`.
     """
-    steps = descriptors.size
+    steps = reads.is_cast.size
+    pairs = reads.bounds.size - 1
     room = buffers.frames.size - FRAMES_BYTES
     used = 0
-    for pair in range(done, offsets.size):
+    for pair in range(done, pairs):
         if buffers.frames.size - used < room:
             return pair, FULL
         block, number = pair // steps, pair % steps
         step = first_step + number
-        found = _scan_step(
-            descriptors[number], offsets[block, number], blocks, buffers, tables, block, step
-        )
+        found = _scan_step(reads, pair, number, blocks, buffers, tables, block, step)
         if found < 0:
             return pair, UNREADABLE
         if found > 0:
@@ -272,4 +340,4 @@ def scan_steps(  # type: ignore[no-untyped-def]
             tables.frame_bytes[block, step] = size
             tables.frame_crc[block, step] = crc_of_frame(frame)
             used += size
-    return offsets.size, DONE
+    return pairs, DONE

@@ -6,7 +6,6 @@ import numpy as np
 
 from relex_stream.locations import Location
 from relex_stream.store import Store
-from relex_stream.store.records import FORMAT_VERSION
 from relex_stream.summaries import StepInfo, StoreInfo
 
 
@@ -41,7 +40,7 @@ def info_of(store: Location) -> StoreInfo:
     changed_total = sum(step.changed_weights for step in steps)
     return StoreInfo(
         store=str(store),
-        format_version=FORMAT_VERSION,
+        format_version=opened.head.format,
         steps=tuple(steps),
         tensors=len(manifest.tensors),
         weights=weights,

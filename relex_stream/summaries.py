@@ -374,7 +374,21 @@ class ExportSummary:
     store: str
     step: int
     path: str
+    file_format: str
+    """``"ingested"``: the files that were ingested; ``"hf"``: a model like the base."""
     files: tuple[ExportedFile, ...]
+    bytes_written: int
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class ExportsSummary:
+    """What `export_steps` wrote, step by step, each in a directory below `path`."""
+
+    store: str
+    path: str
+    exports: tuple[ExportSummary, ...]
     bytes_written: int
     peak_memory_bytes: int
     elapsed_s: float
@@ -425,6 +439,59 @@ class VerifySummary:
     blobs: int
     bytes_read: int
     problems: tuple[str, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class WatchEvent:
+    """What `watch` has to say of a step, as it happens.
+
+    ``kind`` is one of
+
+    - ``"stored"``: it was appended and compared with its source; ``problems`` says how it differs.
+    - ``"verified"``: it was in the store already, and was compared with its source.
+    - ``"deleting"``: the weights ``files`` of its source are about to be removed.
+    - ``"waiting"``: it is not whole, or cannot be taken; ``message`` says what is wrong.
+    - ``"given-up"``: the same, and it is not waited for any more.
+    - ``"left-out"``: it came when the store held a later step.
+    - ``"would-store"``, ``"would-delete"``: with ``dry_run``.
+    """
+
+    time: str
+    """ISO 8601, local time with its offset."""
+    kind: str
+    step: int
+    message: str = ""
+    bytes_in: int = 0
+    """Bytes of the checkpoint, weights and side files."""
+    bytes_stored: int = 0
+    """Bytes of the step's frames and record in the store."""
+    ratio: float = 0.0
+    elapsed_s: float = 0.0
+    """Seconds from the start of its append to the end of its verification."""
+    verified: bool = False
+    problems: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Paths below the directory of the checkpoints."""
+    bytes_deleted: int = 0
+
+
+@dataclass(frozen=True)
+class WatchSummary:
+    """What `watch` did until it ended. ``ended`` says why: see `relex_stream.watch`."""
+
+    store: str
+    ended: str
+    steps_added: tuple[int, ...]
+    steps_verified: tuple[int, ...]
+    steps_differing: tuple[int, ...]
+    """Steps whose source differs from what is stored; nothing of them was deleted."""
+    steps_deleted: tuple[int, ...]
+    """Steps whose source weights were deleted."""
+    steps_given_up: tuple[int, ...]
+    bytes_in: int
+    bytes_stored: int
+    bytes_deleted: int
     elapsed_s: float
 
 

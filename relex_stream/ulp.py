@@ -436,10 +436,21 @@ def narrow(bits: Bits, source: FloatFormat, target: FloatFormat, out: Bits) -> N
         with np.errstate(over="ignore", invalid="ignore"):
             out[:] = bits.view(np.float32).astype(np.float16).view(np.uint16)
     else:
-        # BF16 is the upper half of F32; a NaN whose payload is in the lower half keeps one bit.
-        nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        out[:] = np.where(nan, bits | np.uint32(0x400000), rounded) >> np.uint32(16)
+        round_to_bf16(bits, out)
+
+
+@kernel
+def round_to_bf16(bits, out):  # type: ignore[no-untyped-def]
+    """Write F32 patterns as BF16 ones, rounded to nearest even, to `out`.
+
+    A NaN stays one: quiet, with the upper half of its payload.
+    """
+    for i in range(bits.size):
+        wide = bits[i]
+        # BF16 is the upper half of F32.
+        rounded = wide + (np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1)))
+        is_nan = (wide & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = (wide | np.uint32(0x400000) if is_nan else rounded) >> np.uint32(16)
 
 
 @kernel

@@ -18,7 +18,7 @@ import numpy as np
 from relex_stream.block_sweep import BlockRows, sweep_outputs, sweep_products
 from relex_stream.checksum import extend_each
 from relex_stream.codec import Changes, FrameCodec, take_frames
-from relex_stream.scan import ScanBlocks, scan_buffers, scan_steps, scan_tables
+from relex_stream.scan import Reads, ScanBlocks, scan_buffers, scan_steps, scan_tables
 from relex_stream.sketch import (
     SKETCH_WIDTH,
     ChangeRows,
@@ -93,8 +93,9 @@ def _warm_up_encoding(pairs: Pairs) -> None:
         buffers = scan_buffers(FrameCodec(_ELEMENTS, fmt.itemsize), changes)
         none, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
         blocks = ScanBlocks(np.zeros(1, np.int64), before, after, fmt.tag, none, keys)
-        nowhere = np.zeros(0, np.int32), np.zeros((0, 0), np.int64)
-        scan_steps(*nowhere, 0, 0, 0, blocks, buffers, scan_tables(0, 0, SKETCH_WIDTH))
+        numbers, no_bytes = np.zeros(0, np.int32), np.zeros(0, np.uint8)
+        nowhere = Reads(numbers, np.zeros(1, np.int64), numbers, none, none, none > 0, no_bytes)
+        scan_steps(nowhere, 0, 0, 0, blocks, buffers, scan_tables(0, 0, SKETCH_WIDTH))
 
 
 def _warm_up_decoding(pairs: Pairs) -> None:

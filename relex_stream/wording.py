@@ -206,8 +206,16 @@ def to_json(summary: Any = None, **extra: Any) -> str:
     **extra
         Further members.
     """
-    document = (asdict(summary) if summary is not None else {}) | extra
-    return json.dumps(_plain(document), indent=2, allow_nan=False)
+    return json.dumps(_plain(_document(summary, extra)), indent=2, allow_nan=False)
+
+
+def to_json_line(summary: Any, **extra: Any) -> str:
+    """Return the same on one line, for output that has many documents."""
+    return json.dumps(_plain(_document(summary, extra)), allow_nan=False)
+
+
+def _document(summary: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return (asdict(summary) if summary is not None else {}) | dict(extra)
 
 
 def _plain(value: Any) -> Any:

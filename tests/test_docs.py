@@ -218,7 +218,7 @@ def test_calls_are_found_and_wrong_ones_refused() -> None:
     ]
     for call in calls:
         parse(call)
-    for wrong in (["nothing"], ["info"], ["info", "x", "--stepp", "1"], ["export", "a", "b"]):
+    for wrong in (["nothing"], ["info"], ["info", "x", "--stepp", "1"], ["export", "a"]):
         with pytest.raises(click.UsageError):
             parse(wrong)
 

@@ -6,7 +6,6 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import relex_stream as rs
@@ -49,10 +48,11 @@ def test_a_build_reads_checkpoints_from_front_to_back(
     places: Places = []
     scan_steps = ingest.scan_steps
 
-    def spy(descriptors, offsets, *rest):  # type: ignore[no-untyped-def]
-        path = path_of[os.fstat(descriptors[0]).st_ino]
-        places.extend((path, offset) for offset in offsets[:, 0].tolist())
-        return scan_steps(descriptors, offsets, *rest)
+    def spy(reads, *rest):  # type: ignore[no-untyped-def]
+        path = path_of[os.fstat(reads.descriptors[0]).st_ino]
+        steps = len(reads.is_cast)
+        places.extend((path, offset) for offset in reads.offset[::steps].tolist())
+        return scan_steps(reads, *rest)
 
     monkeypatch.setattr(ingest, "scan_steps", spy)
     build_in_order(run, tmp_path / "store")
@@ -73,13 +73,12 @@ def test_a_build_reads_every_byte_of_its_checkpoints_once(
             ranges[path].append((0, len(raw)))
         return raw, status
 
-    def spy_scan(descriptors, offsets, done, first_step, first_row, blocks, *rest):  # type: ignore[no-untyped-def]
+    def spy_scan(reads, done, *rest):  # type: ignore[no-untyped-def]
         assert done == 0
-        nbytes = np.diff(blocks.bounds) * blocks.state.itemsize
-        for descriptor, starts in zip(descriptors, offsets.T, strict=True):
-            path = weights[os.fstat(descriptor).st_ino]
-            ranges[path] += zip(starts.tolist(), (starts + nbytes).tolist(), strict=True)
-        return scan_steps(descriptors, offsets, done, first_step, first_row, blocks, *rest)
+        for number, start, nbytes in zip(reads.file, reads.offset, reads.nbytes, strict=True):
+            path = weights[os.fstat(reads.descriptors[number]).st_ino]
+            ranges[path].append((int(start), int(start + nbytes)))
+        return scan_steps(reads, done, *rest)
 
     monkeypatch.setattr(safetensors_file, "_read_header", spy_header)
     monkeypatch.setattr(ingest, "scan_steps", spy_scan)

@@ -29,7 +29,7 @@ class Room:
     """Opens no file: imports nothing that could."""
 
 
-FLOOR = {"errors", "specs", "summaries"}
+FLOOR = {"errors", "specs", "summaries", "locations"}
 """Every room may import these; they import nothing but each other."""
 
 KERNELS = {"numpy", "numba"}
@@ -37,6 +37,7 @@ CHECKSUM = {"google_crc32c"}
 
 BELOW_STAGES = {
     *("paths", "ulp", "codec", "sketch", "fit", "planner", "sources", "writer", "store"),
+    *("listing", "transfers"),
     *(
         "machine",
         "graph",
@@ -44,6 +45,7 @@ BELOW_STAGES = {
         "base_weights",
         "block_reader",
         "pages",
+        "pieces",
         "checksum",
         "block_sweep",
         "_version",
@@ -79,13 +81,22 @@ ROOMS = {
     "costs": Room(pure=True),
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
+    "pieces": Room(set(), {"numpy"}, pure=True),
+    "locations": Room(),
     "paths": Room(),
+    # Object storage: fsspec is imported where a URL is used, and nowhere else.
+    "objects": Room(set(), {"fsspec"}),
+    "transfers": Room(pure=True),
+    "listing": Room({"objects"}),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
-    "sources": Room({"paths", "pagecache"}, {"numpy", "safetensors", "torch"} | CHECKSUM),
+    "sources": Room(
+        {"paths", "pagecache", "pieces", "listing", "objects", "transfers"},
+        {"numpy", "safetensors"} | CHECKSUM,
+    ),
     "writer": Room({"pagecache", "paths"}, {"numpy"} | CHECKSUM),
     "store": Room(
-        {"paths", "pagecache", "ulp", "codec"},
+        {"paths", "pagecache", "objects", "transfers", "ulp", "codec"},
         {"numpy", "numcodecs", "safetensors", "zarr"} | CHECKSUM,
     ),
     # The zarr shim takes the codec's name from the store's layout.
@@ -100,7 +111,7 @@ ROOMS = {
     # What several stages share: a block across its steps, a file put together from blocks.
     "blocks": Room({"pages", "ulp", "codec", "planner", "store"}, {"numpy"}),
     "base_weights": Room(
-        {"blocks", "checksum", "ulp", "sources", "store"},
+        {"blocks", "checksum", "listing", "ulp", "sources", "store", "transfers"},
         {"numpy"} | CHECKSUM,
     ),
     "block_reader": Room(
@@ -119,8 +130,11 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
-    "matching": Room({"ulp", "store"}, {"numpy"}),
-    "ingest": Room(BELOW_STAGES | {"matching", "scan"}, {"numpy"} | CHECKSUM),
+    "matching": Room({"pieces", "sources", "ulp", "store", "listing"}, {"numpy"}),
+    "source_blocks": Room(
+        {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
+    ),
+    "ingest": Room(BELOW_STAGES | {"matching", "scan", "source_blocks"}, {"numpy"} | CHECKSUM),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
     "analysis": Room({"fit", "sketch"}, {"numpy"}, pure=True),
@@ -136,9 +150,13 @@ ROOMS = {
     "documents": Room({"cards", "mixing", "request", "store", "writer"}),
     "mixing": Room({"fit", "model_writes", "request", "sketch", "store", "subspaces"}, {"numpy"}),
     "grid": Room({"request", "store"}, {"yaml"}),
+    "forks": Room(
+        {"blocks", "matching", "source_blocks", "sources", "store"}, {"numpy"} | CHECKSUM
+    ),
     # The stages.
-    "build": Room(BELOW_STAGES | {"ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
-    "exporting": Room(BELOW_STAGES | {"assemble", "warmup"}, {"numpy"} | CHECKSUM),
+    "build": Room(BELOW_STAGES | {"forks", "ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
+    "hf_files": Room({"sources", "store"}),
+    "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(
         BELOW_STAGES | {"analysis", "grams", "grouping", "request", "subspaces"}, {"numpy"}
     ),
@@ -160,6 +178,21 @@ ROOMS = {
         | {"methods", "mixing", "model_writes", "nested", "request"},
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
+    "comparing": Room(
+        BELOW_STAGES | {"matching", "pagecache", "source_blocks", "warmup"}, {"numpy"}
+    ),
+    # Following a run.
+    "arrivals": Room({"sources"}),
+    "watch_ledger": Room({"paths"}),
+    "freeing": Room({"watch_ledger"}),
+    "hooks": Room(),
+    "watch_options": Room(pure=True),
+    "watch_telling": Room(pure=True),
+    "watching": Room(
+        {"arrivals", "base_weights", "build", "comparing", "freeing", "hooks", "sources", "store"}
+        | {"watch_ledger", "watch_options", "watch_telling"},
+        {"numpy"},
+    ),
     "store_info": Room({"store"}, {"numpy"}),
     # The only room that draws.
     "reporting": Room(
@@ -183,6 +216,8 @@ ROOMS = {
             "request",
             "store_info",
             "verification",
+            "watch_options",
+            "watching",
             "opened",
         },
         {"numpy"},
@@ -190,6 +225,8 @@ ROOMS = {
     "demo": Room(
         {"_version", "api"}, {"numpy", "torch", "transformers", "tokenizers", "safetensors"}
     ),
+    # For trainers, which bring their packages; what they need of us runs in another process.
+    "integrations": Room({"store"}, {"transformers"}),
     # The only room that prints.
     "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),
@@ -287,6 +324,10 @@ def test_one_room_knows_dask_one_prints_and_one_draws() -> None:
     assert [name for name, room in ROOMS.items() if "dask" in room.packages] == ["graph"]
     assert [name for name, room in ROOMS.items() if "click" in room.packages] == ["cli"]
     assert [name for name, room in ROOMS.items() if "matplotlib" in room.packages] == ["reporting"]
+
+
+def test_one_room_knows_object_storage() -> None:
+    assert [name for name, room in ROOMS.items() if "fsspec" in room.packages] == ["objects"]
 
 
 def test_few_rooms_go_below_python() -> None:

@@ -7,6 +7,7 @@ process that started it.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -316,3 +317,27 @@ def test_every_process_of_a_cluster_stays_under_the_projection(tmp_path: Path) -
         # That of any process; of the command's own what it takes to print is not in it.
         peak = max(found.peak_bytes, found.document["peak_memory_bytes"])
         assert peak <= found.projected_bytes <= 768 * MIB
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """300 M F32 weights on four ranks, written by torch."""
+    out = tmp_path_factory.mktemp("large")
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.torch_writers.large", str(out)]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    yield out
+    shutil.rmtree(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cast", [(), ("--as", "bf16")])
+@pytest.mark.parametrize("layout", ["fsdp", "dcp"])
+def test_shards_of_ranks_stay_under_the_default_limit(
+    large: Path, tmp_path: Path, layout: str, cast: tuple[str, ...]
+) -> None:
+    store = tmp_path / "store"
+    built = run(tmp_path, "build-store", large / "base", large / layout, store, *cast)
+    exported = run(tmp_path, "export", store, tmp_path / "out", "--step", 2, "--format", "hf")
+    assert built.peak_bytes <= built.projected_bytes <= 768 * MIB
+    assert exported.peak_bytes <= 768 * MIB

@@ -34,7 +34,7 @@ PRIMES = ModelShape(
 FORMULAS = {
     "codec": planner.codec_bytes,
     "ingest worker": lambda shape: planner.ingest_worker_bytes(shape, 13),
-    "ingest shared": lambda shape: planner.ingest_shared_bytes(shape, 13, 7, 5),
+    "ingest shared": lambda shape: planner.ingest_shared_bytes(shape, 13, 7, 5, 331),
     "sweep": lambda shape: planner.sweep_worker_bytes(shape, 11),
     "power": lambda shape: planner.power_worker_bytes(shape, 11, 50, 9),
     "gram": lambda shape: planner.gram_worker_bytes(shape, 11, 50),
@@ -78,7 +78,7 @@ def test_projections_grow_with_what_they_depend_on_and_nothing_else(name):
     ("formula", "arguments"),
     [
         (planner.ingest_worker_bytes, (13,)),
-        (planner.ingest_shared_bytes, (13, 7, 5)),
+        (planner.ingest_shared_bytes, (13, 7, 5, 331)),
         (planner.sweep_worker_bytes, (2_000_003,)),
         (planner.power_worker_bytes, (2_000_003, 50, 9)),
         (planner.gram_worker_bytes, (2_000_003, 50)),

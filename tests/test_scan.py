@@ -13,6 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +21,11 @@ from relex_stream import scan
 from relex_stream.codec import Changes, FrameCodec
 from relex_stream.scan import (
     DONE,
+    FETCHED,
     FRAMES_BYTES,
     FULL,
     UNREADABLE,
+    Reads,
     ScanBlocks,
     ScanBuffers,
     ScanTables,
@@ -78,13 +81,35 @@ def sketch_of(change, first_element):
 
 @dataclass
 class Block:
-    """A block's bits at the base (first) and at every step, and where it lies in a file each."""
+    """A block's bits at the base (first) and at every step, and where it lies in files.
+
+    ``runs`` has for each step the runs it is made of: descriptor, offset, bytes.
+    """
 
     code: str
     bits: list[Any]
-    descriptors: list[int]
-    offsets: list[int]
+    runs: list[list[tuple[int, int, int]]]
     first_element: int = 0
+    is_cast: bool = False
+    fetched: bytes = b""
+
+    def reads(self, first, stop):
+        runs = self.runs[first:stop]
+        sizes = [len(of_step) for of_step in runs]
+        flat = np.array([run for of_step in runs for run in of_step], np.int64).reshape(-1, 3)
+        return Reads(
+            descriptors=np.unique(flat[:, 0]).astype(np.int32),
+            bounds=np.cumsum([0, *sizes]),
+            file=np.where(
+                flat[:, 0] == FETCHED,
+                FETCHED,
+                np.unique(flat[:, 0], return_inverse=True)[1],
+            ).astype(np.int32),
+            offset=flat[:, 1].copy(),
+            nbytes=flat[:, 2].copy(),
+            is_cast=np.full(len(runs), self.is_cast),
+            fetched=np.frombuffer(self.fetched, np.uint8).copy(),
+        )
 
     @property
     def base(self):
@@ -99,14 +124,15 @@ class Files(ExitStack):
     """Keeps the files of blocks while a test runs."""
 
     def block(self, code, bits, first_element=0):
-        descriptors, offsets = [], []
-        for step, now in enumerate(bits[1:]):
-            descriptor = os.memfd_create(f"step {step}")
-            self.callback(os.close, descriptor)
-            offsets.append(5 * step + 1)
-            os.pwrite(descriptor, b"\xc3" * offsets[-1] + now.tobytes() + b"\xc3" * 9, 0)
-            descriptors.append(descriptor)
-        return Block(code, bits, descriptors, offsets, first_element)
+        runs = [[self.run(now.tobytes(), 5 * step + 1)] for step, now in enumerate(bits[1:])]
+        return Block(code, bits, runs, first_element)
+
+    def run(self, data, offset):
+        """Put data into a file of its own, with something before and behind it."""
+        descriptor = os.memfd_create("run")
+        self.callback(os.close, descriptor)
+        os.pwrite(descriptor, b"\xc3" * offset + data + b"\xc3" * 9, 0)
+        return descriptor, offset, len(data)
 
 
 @pytest.fixture
@@ -158,8 +184,7 @@ def run(block: Block, state, buffers: ScanBuffers, tables: ScanTables, first=0, 
         np.array([KEY]),
     )
     return scan_steps(
-        np.array(block.descriptors[first:stop], np.int32),
-        np.array([block.offsets[first:stop]], np.int64).reshape(1, -1),
+        block.reads(first, stop),
         0,
         first,
         (row + first) % 16,
@@ -318,7 +343,8 @@ def test_one_file_may_hold_every_step(files):
         offsets = [3000, 11, 1501]
         for offset, now in zip(offsets, bits[1:], strict=True):
             os.pwrite(file.fileno(), now.tobytes(), offset)
-        check_scan(Block("BF16", bits, [file.fileno()] * 3, offsets))
+        runs = [[(file.fileno(), offset, bits[0].nbytes)] for offset in offsets]
+        check_scan(Block("BF16", bits, runs))
 
 
 def test_rows_of_a_chunk_begin_anew_after_sixteen(files):
@@ -427,6 +453,76 @@ def test_steps_go_on_after_the_frames_are_taken_away(files, code):
     assert [reason for _, reason in calls] == [FULL] * (len(calls) - 1) + [DONE]
 
 
+# --- blocks in runs ------------------------------------------------------------------------------
+
+
+def cut(rng, data, pieces):
+    marks = [0, *sorted(rng.integers(0, len(data) + 1, pieces - 1).tolist()), len(data)]
+    return [data[low:high] for low, high in pairwise(marks)]
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("pieces", [2, 7, 60])
+def test_runs_of_several_files_are_one_block(files, monkeypatch, code, pieces):
+    monkeypatch.setattr(scan, "PIECE_BYTES", 1024)
+    rng = np.random.default_rng(20)
+    block = files.block(code, trajectory(rng, 3000, code, (0.1, 0.5, 0.0, 0.02)))
+    whole = check_scan(block)
+    # Cuts fall anywhere, in mid-element too, and some runs are empty.
+    split = [
+        [files.run(part, int(rng.integers(9))) for part in cut(rng, now.tobytes(), pieces)]
+        for now in block.bits[1:]
+    ]
+    assert same(check_scan(Block(code, block.bits, split)), whole)
+
+
+def test_bytes_at_hand_stand_beside_files(files, monkeypatch):
+    monkeypatch.setattr(scan, "PIECE_BYTES", 1024)
+    rng = np.random.default_rng(21)
+    block = files.block("BF16", trajectory(rng, 3000, "BF16", (0.1, 0.5)))
+    whole = check_scan(block)
+    first, second = (now.tobytes() for now in block.bits[1:])
+    fetched = b"\xc3" * 7 + second[1500:] + first[100:4000]
+    split = [
+        [files.run(first[:100], 3), (FETCHED, 7 + 4500, 3900), files.run(first[4000:], 0)],
+        [files.run(second[:1500], 1), (FETCHED, 7, 4500)],
+    ]
+    assert same(check_scan(Block("BF16", block.bits, split, fetched=fetched)), whole)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_run_that_cannot_be_read_leaves_the_step_before(files, missing):
+    rng = np.random.default_rng(22)
+    block = files.block("F32", trajectory(rng, 900, "F32", (0.2, 0.4)))
+    parts = [files.run(part, 2) for part in cut(rng, block.bits[2].tobytes(), 3)]
+    parts[missing] = (1 << 20, 0, parts[missing][2])
+    block.runs[1] = parts
+    _, buffers = tools(block)
+    state = block.base.copy()
+    assert run(block, state, buffers, tables_of(2, WIDTH)) == (1, UNREADABLE)
+    assert np.array_equal(state, block.bits[1])
+
+
+# --- casts ---------------------------------------------------------------------------------------
+
+
+def test_f32_is_rounded_on_the_way_in(files, monkeypatch):
+    monkeypatch.setattr(scan, "PIECE_BYTES", 1024)
+    rng = np.random.default_rng(23)
+    base = weights(rng, 3000, "BF16")
+    masters = [base.astype(np.uint32) << np.uint32(16)]
+    for share in (0.3, 0.9, 0.0):
+        masters.append(moved(rng, masters[-1], share) + rng.integers(0, 2, 3000, np.uint32) * 9999)
+    rounded = [
+        (torch.from_numpy(wide.view(np.float32)).bfloat16().view(torch.int16).numpy())
+        .view(np.uint16)
+        .copy()
+        for wide in masters
+    ]
+    wide = [[files.run(part, 5) for part in cut(rng, now.tobytes(), 5)] for now in masters[1:]]
+    check_scan(Block("BF16", rounded, wide, is_cast=True))
+
+
 # --- a file that cannot be read ----------------------------------------------------------------
 
 
@@ -449,8 +545,9 @@ def test_a_file_that_ends_too_early_leaves_the_step_before(files, monkeypatch, c
     tables = tables_of(block.steps, WIDTH)
     nothing = line(tables, 2)
     state = block.base.copy()
-    end = block.offsets[2] + 4096
-    os.ftruncate(block.descriptors[2], max(0, end - lost))
+    descriptor, offset, _ = block.runs[2][0]
+    end = offset + 4096
+    os.ftruncate(descriptor, max(0, end - lost))
     for _ in range(2):  # again and again, if it stays so
         first = 0 if not tables.changed[0] else 2
         assert run(block, state, buffers, tables, first) == (2 - first, UNREADABLE)
@@ -462,7 +559,7 @@ def test_a_file_that_ends_too_early_leaves_the_step_before(files, monkeypatch, c
             for step, frame in enumerate(frames_in(buffers, tables, 0, 2)):
                 check_step(block, tables, step, frame, step)
     # Copied again: the rest goes on as if nothing had been.
-    os.pwrite(block.descriptors[2], b"\xc3" * block.offsets[2] + bits[3].tobytes(), 0)
+    os.pwrite(descriptor, b"\xc3" * offset + bits[3].tobytes(), 0)
     assert run(block, state, buffers, tables, 2) == (2, DONE)
     assert np.array_equal(state, block.bits[4])
     assert same(tables, whole)
@@ -472,7 +569,7 @@ def test_a_file_that_ends_too_early_leaves_the_step_before(files, monkeypatch, c
 def test_a_descriptor_that_cannot_be_read_is_told_from_the_rest(files, broken):
     rng = np.random.default_rng(11)
     block = files.block("BF16", trajectory(rng, 500, "BF16", (0.1, 0.6, 0.8)))
-    block.descriptors[broken] = -1
+    block.runs[broken] = [(1 << 20, 0, 1000)]
     _, buffers = tools(block)
     tables = tables_of(3, WIDTH)
     state = block.base.copy()

@@ -245,7 +245,7 @@ def test_open_refuses_what_is_no_store(tmp_path):
 
 def test_newer_format_is_refused_everywhere(run, store, tmp_path):
     head = json.loads((store / "HEAD").read_bytes())
-    head["format"] = 2
+    head["format"] = 3
     head["something new"] = {}
     (store / "HEAD").write_text(json.dumps(head))
     before = read_tree(store)
@@ -256,7 +256,7 @@ def test_newer_format_is_refused_everywhere(run, store, tmp_path):
         lambda: api.export(store, tmp_path / "out", step=3),
         lambda: build(run.base, run.checkpoints, store),
     ):
-        with pytest.raises(StoreError, match=r"has store format 2.*install a newer"):
+        with pytest.raises(StoreError, match=r"has store format 3.*install a newer"):
             use()
     after = read_tree(store)
     # The lock may tell who tried; nothing else may change.

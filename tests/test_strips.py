@@ -532,14 +532,14 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path, monkeypatch):
 def test_a_read_that_fails_once_is_taken_up_again(run, store, monkeypatch):
     scan_steps, calls = ingest.scan_steps, []
 
-    def fail_first(descriptors, offsets, done, *rest):
+    def fail_first(reads, done, *rest):
         calls.append(done)
         if len(calls) % 2:
             # Behind the end of the file: the kernel gives up there, in mid-strip.
-            broken = offsets.copy()
-            broken[-1, 2] = 1 << 40
-            return scan_steps(descriptors, broken, done, *rest)
-        return scan_steps(descriptors, offsets, done, *rest)
+            broken = reads.offset.copy()
+            broken[2 - len(STEPS)] = 1 << 40
+            return scan_steps(reads._replace(offset=broken), done, *rest)
+        return scan_steps(reads, done, *rest)
 
     monkeypatch.setattr(ingest, "scan_steps", fail_first)
     assert read_tree(build_strips(run, store.with_name("again"))) == read_tree(store)

@@ -78,7 +78,7 @@ def plan_build(
     batch = batch_steps(shape, nbytes, 0, steps, limit)
     stage = StagePlan("encode", shape.blocks, 0, 0, planner.ingest_worker_bytes(shape, batch))
     largest = max(tensor.blocks for tensor in tensors)
-    shared = planner.ingest_shared_bytes(shape, batch, steps, largest)
+    shared = planner.ingest_shared_bytes(shape, batch, steps, largest, len(tensors))
     return planner.make_plan([stage], _capacity(limit, threads), shared_bytes=shared)
 
 

@@ -6,8 +6,17 @@ mend. Sizes are bytes. `progress` is any object with the methods of `specs.Progr
 
 from relex_stream.api.arguments import AnyPath, RunArguments
 from relex_stream.api.models import combine, extrapolate, reconstruct, sweep
-from relex_stream.api.stores import build_store, drop, export, info, open_store, verify
+from relex_stream.api.stores import (
+    build_store,
+    drop,
+    export,
+    export_steps,
+    info,
+    open_store,
+    verify,
+)
 from relex_stream.api.trajectories import analyze, backtest, report
+from relex_stream.api.watching import watch
 from relex_stream.opened import OpenStore
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "combine",
     "drop",
     "export",
+    "export_steps",
     "extrapolate",
     "info",
     "open_store",
@@ -27,4 +37,5 @@ __all__ = [
     "report",
     "sweep",
     "verify",
+    "watch",
 ]

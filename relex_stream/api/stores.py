@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from relex_stream.api.arguments import AnyPath, optional_location
 from relex_stream.build import build
-from relex_stream.exporting import export_step
+from relex_stream.exporting import export_several, export_step
 from relex_stream.locations import local_directory, location
 from relex_stream.opened import OpenStore
 from relex_stream.specs import Progress
@@ -15,6 +16,7 @@ from relex_stream.store_info import info_of
 from relex_stream.summaries import (
     BuildSummary,
     DropSummary,
+    ExportsSummary,
     ExportSummary,
     StoreInfo,
     VerifySummary,
@@ -29,11 +31,16 @@ def build_store(
     *,
     pattern: str | None = None,
     steps: str | None = None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
     memory_limit: int | None = None,
     workers: int | None = None,
     include_base: bool = False,
     allow_nonfinite: bool = False,
     seed: int = 0,
+    cast: str | None = None,
+    replace_from: int | None = None,
     scheduler: str | os.PathLike[str] | None = None,
     local_cluster: int | None = None,
     progress: Progress | None = None,
@@ -45,7 +52,8 @@ def build_store(
     base : path
         Hugging Face model directory the run began from.
     checkpoints : path
-        Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` or ``iter_N/``.
+        Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` and the like, or that of the
+        run with it. docs/trainers.md has a table.
     store : path
         The store, made if it is not there. It, base and checkpoints may be URLs of object storage
         (``"s3://bucket/run.store"``); see docs/remote.md. Steps in it already are skipped.
@@ -53,6 +61,15 @@ def build_store(
         Other names of checkpoint directories, with ``{step}`` for the number.
     steps : str, optional
         ``"1:75"`` (75 included), ``"1:75:5"``, ``"1,5,10"`` or one number; default all.
+    source : str
+        The format of the checkpoints: ``"safetensors"``, ``"split-safetensors"``, ``"fsdp"`` or
+        ``"dcp"``; ``"auto"`` for the first that all steps have.
+    strip_prefix : str, optional
+        What names of tensors in checkpoints begin with and those of the base do not; found out if
+        not given.
+    map_names : sequence of (str, str)
+        Regular expressions and what replaces their matches in names of tensors in checkpoints, in
+        order, behind the prefix that is given.
     memory_limit : int, optional
         Bytes this process may hold; default 768 MiB or what is free.
     workers : int, optional
@@ -64,6 +81,12 @@ def build_store(
         values count as 0 in every statistic.
     seed : int
         Seed of the sketches (new stores only).
+    cast : str, optional
+        ``"bf16"``: round weights that the base has in BF16 and the checkpoints in F32 to BF16, to
+        nearest even, on the way in. The store then keeps those, and not the bits of the files.
+    replace_from : int, optional
+        Take back the stored steps from this one on, and store those of `checkpoints` instead: those
+        of a run that was taken up again before it.
     scheduler : str or path, optional
         Do the work on a dask.distributed cluster: the address of its scheduler
         (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
@@ -93,11 +116,16 @@ def build_store(
         location(store),
         pattern=pattern,
         steps=steps,
+        source=source,
+        strip_prefix=strip_prefix,
+        map_names=map_names,
         memory_limit=memory_limit,
         workers=workers,
         include_base=include_base,
         allow_nonfinite=allow_nonfinite,
         seed=seed,
+        cast=cast,
+        replace_from=replace_from,
         scheduler=None if scheduler is None else os.fspath(scheduler),
         local_cluster=local_cluster,
         progress=progress,
@@ -126,18 +154,26 @@ def export(
     out: AnyPath,
     *,
     step: int,
+    file_format: str | None = None,
+    cast: str | None = None,
     base: AnyPath | None = None,
     memory_limit: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ExportSummary:
-    """Write a stored checkpoint as it was: every ingested file, byte for byte.
+    """Write a stored checkpoint: every ingested file, byte for byte, or a model that loads.
 
     Parameters
     ----------
     store, out : path
     step : int
         A committed step, or 0 for the base.
+    file_format : str, optional
+        ``"ingested"``: the files that were ingested. ``"hf"``: safetensors with the names, shards
+        and side files of the base, and the weights of the step in the dtypes that the store has
+        them in. Default: those ingested if they can be put together again, else ``"hf"``.
+    cast : str, optional
+        With ``"hf"``: ``"bf16"`` rounds weights that the base has in BF16 to BF16, to nearest even.
     base : path, optional
         The base's directory, when it has moved.
     memory_limit, workers
@@ -157,6 +193,52 @@ def export(
         location(store),
         local_directory(out, "OUT"),
         step=step,
+        file_format=file_format,
+        cast=cast,
+        base=optional_location(base),
+        memory_limit=memory_limit,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def export_steps(
+    store: AnyPath,
+    out: AnyPath,
+    *,
+    steps: str,
+    file_format: str | None = None,
+    cast: str | None = None,
+    base: AnyPath | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ExportsSummary:
+    """Write several stored checkpoints, each in ``OUT/step_N``.
+
+    Parameters
+    ----------
+    store, out : path
+    steps : str
+        As in `build_store`; a range takes the committed steps in it.
+    file_format, cast, base, memory_limit, workers
+        As in `export`.
+
+    Returns
+    -------
+    ExportsSummary
+
+    Raises
+    ------
+    CorruptionError, SourceError, OptionError, OutputError
+        As in `export`; steps that were written before an error stay.
+    """
+    return export_several(
+        location(store),
+        local_directory(out, "OUT"),
+        steps=steps,
+        file_format=file_format,
+        cast=cast,
         base=optional_location(base),
         memory_limit=memory_limit,
         workers=workers,

@@ -20,37 +20,23 @@ if TYPE_CHECKING:
 @click.argument("base", type=options.PLACE)
 @click.argument("checkpoints", type=options.PLACE)
 @options.store_argument
-@click.option(
-    "--pattern",
-    metavar="PATTERN",
-    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
-    "like 'epoch-{step}'.  [default: global_step_N, checkpoint-N, step_N or iter_N]",
-)
-@click.option(
-    "--steps",
-    metavar="STEPS",
-    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
-    "10:500:10, with commas between.  [default: all]",
-)
+@options.pattern
+@options.steps
+@options.source
+@options.strip_prefix
+@options.map_names
 @options.memory_limit
 @options.workers
+@options.include_base
+@options.allow_nonfinite
+@options.seed
+@options.cast("Round F32 weights to BF16 on the way in, where the base has BF16.")
 @click.option(
-    "--include-base",
-    is_flag=True,
-    help="Keep the base's weights in the store too, so that it needs nothing else.",
-)
-@click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Take checkpoints with infinities or NaNs where the base has none.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="S",
-    help="Seed of the random sketches; set when a store is made.",
+    "--replace-from",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
+    "was taken up again.",
 )
 @options.cluster
 @options.common
@@ -63,11 +49,16 @@ def command(
     *,
     pattern: str | None,
     steps: str | None,
+    source: str,
+    strip_prefix: str | None,
+    map_names: tuple[tuple[str, str], ...],
     memory_limit: int | None,
     workers: int | None,
     include_base: bool,
     allow_nonfinite: bool,
     seed: int,
+    cast: str | None,
+    replace_from: int | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -87,11 +78,16 @@ def command(
             store,
             pattern=pattern,
             steps=steps,
+            source=source,
+            strip_prefix=strip_prefix,
+            map_names=map_names,
             memory_limit=memory_limit,
             workers=workers,
             include_base=include_base,
             allow_nonfinite=allow_nonfinite,
             seed=seed,
+            cast=cast,
+            replace_from=replace_from,
             scheduler=scheduler,
             local_cluster=local_cluster,
             progress=progress,

@@ -40,6 +40,10 @@ COMMANDS = {
         "relex_stream.cli.build_store:command",
         "Compress a base model and its checkpoints, or append to a store.",
     ),
+    "watch": Entry(
+        "relex_stream.cli.watch:command",
+        "Append checkpoints as a run writes them, and free their space.",
+    ),
     "analyze": Entry(
         "relex_stream.cli.analyze:command",
         "Say how low-rank and how straight a stored trajectory is.",

@@ -138,6 +138,29 @@ PLACE = _Place(local=False)
 """What is read, and stores: a path, or a URL of object storage."""
 
 
+class NameMap(click.ParamType[tuple[str, str]]):
+    """A regular expression and its replacement, with ``=`` between."""
+
+    name = "map"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Return the two."""
+        if isinstance(value, tuple):
+            return value
+        # A pattern may hold a "="; names of tensors do not.
+        pattern, equals, replacement = value.rpartition("=")
+        if not equals or not pattern:
+            self.fail(
+                f"{value!r} is not PATTERN=REPLACEMENT, like '^transformer=model'", param, ctx
+            )
+        return pattern, replacement
+
+
+NAME_MAP = NameMap()
+
+
 def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:
     """Return a callback that sets a flag of the `Session`."""
 
@@ -183,6 +206,72 @@ base = click.option(
     type=PLACE,
     metavar="DIRECTORY",
     help="Where the base model is now, if not where the store says; may be a URL.",
+)
+
+
+def cast(help: str) -> Callable[[Function], Function]:  # noqa: A002
+    """Return the option ``--as``, which each command explains in its own words."""
+    return click.option("--as", "cast", type=click.Choice(["bf16"]), help=help)
+
+
+pattern = click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="Names of the checkpoint directories below CHECKPOINTS, with {step} where the number is, "
+    "like 'epoch-{step}'.  [default: those of trainers: global_step_N, checkpoint-N, step_N, ...]",
+)
+
+steps = click.option(
+    "--steps",
+    metavar="STEPS",
+    help="Which steps to take: numbers, ranges and ranges with a stride, like 80, 1:75 or "
+    "10:500:10, with commas between.  [default: all]",
+)
+
+source = click.option(
+    "--source",
+    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
+    default="auto",
+    show_default=True,
+    help="The format of the checkpoints; auto takes the first that all steps have.",
+)
+
+strip_prefix = click.option(
+    "--strip-prefix",
+    metavar="PREFIX",
+    help="What names of tensors in the checkpoints begin with and the base's do not, like "
+    "'app.model.'.  [default: found out]",
+)
+
+map_names = click.option(
+    "--map",
+    "map_names",
+    type=NAME_MAP,
+    multiple=True,
+    metavar="PATTERN=REPLACEMENT",
+    help="A regular expression and what replaces its matches in names of tensors in the "
+    "checkpoints, like '^transformer[.]=model.'. May be given several times.",
+)
+
+include_base = click.option(
+    "--include-base",
+    is_flag=True,
+    help="Keep the base's weights in the store too, so that it needs nothing else.",
+)
+
+allow_nonfinite = click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Take checkpoints with infinities or NaNs where the base has none.",
+)
+
+seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Seed of the random sketches; set when a store is made.",
 )
 
 memory_limit = click.option(

@@ -5,14 +5,19 @@ which bytes of which file are which tensor, and `CheckpointReader` fetches them.
 """
 
 from .checkpoint import open_checkpoint
-from .layout import FoundCheckpoints, StepSelection, find_checkpoints, parse_steps
+from .layout import FoundCheckpoints, ListedSteps, find_checkpoints, list_steps
+from .naming import Naming
 from .reader import CheckpointReader
+from .steps import StepSelection, parse_steps
 
 __all__ = [
     "CheckpointReader",
     "FoundCheckpoints",
+    "ListedSteps",
+    "Naming",
     "StepSelection",
     "find_checkpoints",
+    "list_steps",
     "open_checkpoint",
     "parse_steps",
 ]

@@ -10,11 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RelexStreamWarning, RemoteError, SourceError
-from ..listing import file_status, is_directory, is_file, is_link, list_names, read_file
+from ..listing import file_status, is_file, is_link, list_names, read_file
 from ..locations import Location
 from ..paths import check_relative_path
 from ..specs import SourceCheckpoint, TensorPlace, WeightsFile
+from .directories import summarise
 from .naming import Naming
+from .quantised import refuse_quantised
+from .recognised import recognise_weights
 from .safetensors_file import MAX_HEADER_BYTES, read_weights_file
 from .strict_json import parse_object, shown
 
@@ -36,25 +39,6 @@ _SKIPPED = (
 )
 _SKIPPED_PATTERN = re.compile("|".join(map(fnmatch.translate, _SKIPPED)))
 
-_MERGE = "merge to safetensors first, e.g. with the trainer's own model merger"
-_OTHER_WEIGHTS = (
-    ("adapter_model.*", "an adapter without its model", "merge it into its base model first"),
-    ("model_world_size_*_rank_*.pt", "FSDP shards", _MERGE),
-    ("*.distcp", "a PyTorch distributed checkpoint", _MERGE),
-    ("mp_rank_*.pt", "Megatron or DeepSpeed shards", _MERGE),
-    (
-        "model*-of-*.safetensors",
-        "shards without their index",
-        f"copy {INDEX_FILE} too, or save the model anew",
-    ),
-    ("*.safetensors", "other safetensors files", f"name the model's file {SINGLE_FILE}"),
-    ("*.gguf", "a GGUF model", "use the safetensors it was made from"),
-    ("*.bin", "PyTorch weights", "convert to safetensors first (safe_serialization=True)"),
-    ("*.pt", "PyTorch files", _MERGE),
-    ("*.pth", "PyTorch files", _MERGE),
-)
-"""Weights that are recognised and refused: pattern, what it is, remedy; the first match counts."""
-
 
 def open_checkpoint(
     directory: Location, step: int, naming: Naming = _AS_THEY_ARE
@@ -68,7 +52,7 @@ def open_checkpoint(
 
     Parameters
     ----------
-    directory : Path or Url
+    directory : Location
         The model directory.
     step : int
         The step it is from; 0 for the base.
@@ -87,7 +71,7 @@ def open_checkpoint(
     ------
     SourceError
         If there is no such directory, it holds no safetensors weights, the index or a header is
-        malformed, or index and shards do not agree.
+        malformed, index and shards do not agree, or the weights are quantised.
 
     Warns
     -----
@@ -113,9 +97,10 @@ def open_checkpoint(
         _check_index(directory / INDEX_FILE, shards, tensors)
     if not tensors:
         raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
+    refuse_quantised(directory, (place.spec for place in tensors.values()))
     weights_files, tensors = renamed(weights_files, tensors, naming)
     used = {file.relative_path for file in weights_files}
-    side_files, skipped_files = _sort_files(directory, [name for name in names if name not in used])
+    side_files, skipped_files = sort_files(directory, [name for name in names if name not in used])
     return SourceCheckpoint(
         step=step,
         directory=str(directory),
@@ -160,39 +145,6 @@ def renamed(
 def holds_weights(directory: Location) -> bool:
     """Return whether a directory has a file that `open_checkpoint` would start from."""
     return any(is_file(directory / name) for name in (SINGLE_FILE, INDEX_FILE))
-
-
-def recognise_weights(directory: Location) -> tuple[str, str] | None:
-    """Recognise weights in a format that is not read here.
-
-    Parameters
-    ----------
-    directory : Path or Url
-        Any path; it need not exist.
-
-    Returns
-    -------
-    tuple of str or None
-        What they are, with names of files, and what to do about it as an imperative clause.
-    """
-    names = list_names(directory) if is_directory(directory) else []
-    for pattern, kind, remedy in _OTHER_WEIGHTS:
-        matches = fnmatch.filter(names, pattern)
-        if matches:
-            return f"{kind} ({summarise(matches)})", remedy
-    return None
-
-
-def summarise(names: list[str], limit: int = 5) -> str:
-    """Return up to `limit` names and the number of the others, for a message.
-
-    Examples
-    --------
-    >>> summarise(["a", "b", "c"], limit=2), summarise([])
-    ('a, b and 1 more', 'nothing')
-    """
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "nothing"
 
 
 def _find_shards(directory: Location, names: list[str]) -> dict[str, str] | None:
@@ -280,8 +232,8 @@ def _check_index(index: Location, shards: dict[str, str], tensors: dict[str, Ten
             )
 
 
-def _sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return side files and skipped files among `names`, in their order."""
+def sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return side files and skipped files among `names`, paths in the directory, in their order."""
     side_files: list[str] = []
     skipped_files: list[str] = []
     for name in names:
@@ -304,5 +256,6 @@ def _sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...],
     return tuple(side_files), tuple(skipped_files)
 
 
-def _is_skipped(name: str) -> bool:
-    return _SKIPPED_PATTERN.fullmatch(name.lower()) is not None
+def _is_skipped(path: str) -> bool:
+    """Return whether one of the names in a relative path is that of a file to skip."""
+    return any(_SKIPPED_PATTERN.fullmatch(name) for name in path.lower().split("/"))

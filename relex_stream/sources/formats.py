@@ -6,9 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import SourceError
+from ..locations import Location, Url
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
+from .dcp import holds_dcp, open_dcp
+from .fsdp import holds_shards, open_shards
 from .naming import Naming
+from .split_safetensors import holds_split, open_split
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Format:
     places : tuple of str
         Directories inside a step's where trainers put such weights, first match first.
     holds : callable
-        Whether a directory has files that `open` would start from; cheap, and never raises.
+        Whether a directory has files that `open` would start from; cheap.
     open : callable
         Opens a directory, of a step, its tensors under the base's names. Raises `SourceError`.
     """
@@ -35,8 +40,24 @@ class Format:
     title: str
     looked_for: str
     places: tuple[str, ...]
-    holds: Callable[[Path], bool]
-    open: Callable[[Path, int, Naming], SourceCheckpoint]
+    holds: Callable[[Location], bool]
+    open: Callable[[Location, int, Naming], SourceCheckpoint]
+
+
+def _here(
+    open_it: Callable[[Path, int, Naming], SourceCheckpoint],
+) -> Callable[[Location, int, Naming], SourceCheckpoint]:
+    """Make a format's `open` refuse what is not on this machine."""
+
+    def opened(directory: Location, step: int, naming: Naming) -> SourceCheckpoint:
+        if isinstance(directory, Url):
+            raise SourceError(
+                f"{directory}: of checkpoints on object storage only whole safetensors are read; "
+                "copy this one to this machine first, e.g. with: aws s3 cp --recursive"
+            )
+        return open_it(directory, step, naming)
+
+    return opened
 
 
 FORMATS = (
@@ -44,8 +65,39 @@ FORMATS = (
         name="safetensors",
         title="safetensors",
         looked_for="model.safetensors or model.safetensors.index.json",
-        places=(".", "huggingface", "actor/huggingface"),
+        places=(
+            *(".", "huggingface", "actor/huggingface", "actor/model/huggingface"),
+            *("weight", "policy/weights/model/consolidated", "policy/weights/model"),
+        ),
         holds=holds_weights,
         open=open_checkpoint,
     ),
+    Format(
+        name="split-safetensors",
+        title="split safetensors",
+        looked_for="shard-*-model-*-of-*.safetensors",
+        places=(".", "policy/weights/model", "model", "sharded"),
+        holds=holds_split,
+        open=_here(open_split),
+    ),
+    Format(
+        name="fsdp",
+        title="verl FSDP shards",
+        looked_for="model_world_size_W_rank_R.pt",
+        places=("actor", ".", "actor/model", "model"),
+        holds=holds_shards,
+        open=_here(open_shards),
+    ),
+    Format(
+        name="dcp",
+        title="PyTorch DCP",
+        looked_for=".metadata with *.distcp",
+        places=(
+            *(".", "trainer", "pytorch_model_fsdp_0", "policy/weights/model", "policy/weights"),
+            *("model", "actor", "weights"),
+        ),
+        holds=holds_dcp,
+        open=_here(open_dcp),
+    ),
 )
+"""The first one counts that all steps hold in the same place."""

@@ -4,57 +4,21 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import OptionError, RelexStreamWarning, SourceError
 from ..listing import is_directory, list_names
 from ..locations import Location, relative_to
 from ..paths import check_relative_path
-from .checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    holds_weights,
-    recognise_weights,
-    summarise,
-)
-
-FAMILIES = ("global_step_{step}", "checkpoint-{step}", "step_{step}", "iter_{step}")
-"""Directory names that are known without a pattern: verl; Hugging Face trainers; others."""
-
-WEIGHTS_DIRECTORIES = (".", "huggingface", "actor/huggingface")
-"""Where the weights may lie inside a step's directory, first match first."""
-
-_STEPS_EXAMPLES = "such as 1:75 (75 included), 1:75:5, 10: or 1,5,10"
-
-
-@dataclass(frozen=True)
-class StepSelection:
-    """Which steps to use: single steps, and ranges that take whatever exists.
-
-    Attributes
-    ----------
-    explicit : tuple of int
-        Steps listed one by one, ascending. Each of them must exist.
-    ranges : tuple of (int, int or None, int)
-        First step, last step (included; None: no end) and stride.
-
-    Examples
-    --------
-    >>> selection = StepSelection(explicit=(3,), ranges=((10, 20, 5),))
-    >>> [step for step in range(30) if selection.selects(step)]
-    [3, 10, 15, 20]
-    """
-
-    explicit: tuple[int, ...] = ()
-    ranges: tuple[tuple[int, int | None, int], ...] = ()
-
-    def selects(self, step: int) -> bool:
-        """Return whether a step is one of those meant."""
-        return step in self.explicit or any(
-            first <= step and (last is None or step <= last) and (step - first) % stride == 0
-            for first, last, stride in self.ranges
-        )
+from ..specs import SourceCheckpoint
+from .directories import summarise
+from .families import FAMILIES, RUN_DIRECTORIES, Family
+from .formats import FORMATS, Format
+from .naming import Naming
+from .recognised import recognise_inside
+from .steps import StepSelection
 
 
 @dataclass(frozen=True)
@@ -64,91 +28,61 @@ class FoundCheckpoints:
     Attributes
     ----------
     layout : str
-        Where each step's weights lie, with ``N`` for the step: ``global_step_N/huggingface``.
+        Where each step's weights lie, with ``N`` for the step, and in what format where that is
+        not safetensors: ``global_step_N/huggingface``, ``step_N/trainer, PyTorch DCP``.
+    format : Format
+        What they are in.
     checkpoints : tuple of (int, Path or Url)
-        Step number and weights directory, as `open_checkpoint` takes it.
+        Step number and weights directory, as `open` takes it.
+    unfinished : dict of int to str
+        Steps selected but left out, because the trainer has not finished them: what shows it.
     """
 
     layout: str
+    format: Format
     checkpoints: tuple[tuple[int, Location], ...]
+    unfinished: Mapping[int, str]
 
+    def open(self, path: Location, step: int, naming: Naming) -> SourceCheckpoint:
+        """Open one of the checkpoints, its tensors under the base's names.
 
-def parse_steps(text: str) -> StepSelection:
-    """Parse a selection of steps as a user writes it.
-
-    Parameters
-    ----------
-    text : str
-        Parts joined by commas: a step, ``first:last`` (last included) or ``first:last:stride``.
-        ``first`` may be left out (then 1), and so may ``last`` (then no end).
-
-    Returns
-    -------
-    StepSelection
-        What `find_checkpoints` takes.
-
-    Raises
-    ------
-    OptionError
-        If a part is none of these, ends before it starts, or holds a 0: step 0 is the base.
-
-    Examples
-    --------
-    >>> parse_steps("1:75:5,80")
-    StepSelection(explicit=(80,), ranges=((1, 75, 5),))
-    >>> parse_steps("10:1")  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    relex_stream.errors.OptionError: steps '10:1': the range ends before it starts; ...
-    """
-    explicit: set[int] = set()
-    ranges: list[tuple[int, int | None, int]] = []
-    for part in text.split(","):
-        match = re.fullmatch(
-            r"([0-9]{1,18})|([0-9]{1,18})?:([0-9]{1,18})?(?::([0-9]{1,18}))?", part.strip()
-        )
-        if match is None:
-            raise _bad_steps(part, "not a step, a range, or a range with a stride")
-        single, first, last, stride = (
-            None if number is None else int(number) for number in match.groups()
-        )
-        if 0 in (single, first, last):
-            raise _bad_steps(part, "steps start at 1, step 0 is the base")
-        if stride == 0:
-            raise _bad_steps(part, "the stride is 0")
-        if single is not None:
-            explicit.add(single)
-            continue
-        if last is not None and last < (first or 1):
-            raise _bad_steps(part, "the range ends before it starts")
-        ranges.append((first or 1, last, stride or 1))
-    return StepSelection(tuple(sorted(explicit)), tuple(ranges))
-
-
-def _bad_steps(part: str, problem: str) -> OptionError:
-    shown = part if len(part) <= 100 else part[:100] + "..."
-    return OptionError(f"steps {shown!r}: {problem}; write steps {_STEPS_EXAMPLES}")
+        Raises
+        ------
+        SourceError
+            If it is not what its format asks for.
+        """
+        return self.format.open(path, step, naming)
 
 
 def find_checkpoints(
-    directory: Location, pattern: str | None = None, steps: StepSelection | None = None
+    directory: Location,
+    pattern: str | None = None,
+    steps: StepSelection | None = None,
+    source: str = "auto",
 ) -> FoundCheckpoints:
-    """Find the checkpoints of a run and the directory of each one's weights.
+    """Find the checkpoints of a run, the directory of each one's weights, and their format.
 
-    Without a pattern, the directories ``global_step_N``, ``checkpoint-N``, ``step_N`` or ``iter_N``
-    count (leading zeros allowed), as long as only one of these families is present. The weights are
-    looked for in each such directory, then in ``huggingface`` and ``actor/huggingface`` inside it.
-    Other entries, temporary names (``tmp_step_5``, ``step_5.tmp``) and files are passed over.
+    Without a pattern, the directories of `FAMILIES` count (``global_step_N``, ``checkpoint-N``,
+    ...; leading zeros allowed), as long as one family alone is present or has weights that are
+    read. They lie in `directory` or in one of `RUN_DIRECTORIES` inside it. Steps that the trainer
+    has not finished are left out. Other entries, temporary names (``tmp_step_5``, ``step_5.tmp``)
+    and files are passed over.
+
+    In each step's directory, every format is looked for in the places where trainers put it; the
+    first format and place that all steps share counts.
 
     Parameters
     ----------
-    directory : Path or Url
-        What the trainer wrote its checkpoints into.
+    directory : Location
+        What the trainer wrote its checkpoints into, or the directory of its run.
     pattern : str, optional
         Path of a checkpoint below `directory` with ``{step}`` for the digits, exactly once. ``*``
-        stands for any text within a name (but not for a leading dot); all else is literal.
+        stands for any text within a name (but not for a leading dot); all else is literal. All
+        directories that match are taken for complete.
     steps : StepSelection, optional
         Which steps to use; all if not given. Directories of other steps are not looked into.
+    source : str
+        The name of a format: no other is looked for. ``auto`` for all.
 
     Returns
     -------
@@ -158,29 +92,37 @@ def find_checkpoints(
     Raises
     ------
     OptionError
-        If the pattern is malformed.
+        If the pattern is malformed, or there is no such format.
     SourceError
-        If the directory is missing or not one, nothing in it matches or is selected, a step listed
-        explicitly is not there, two directories stand for one step, several families are present,
-        or a selected checkpoint has no safetensors weights where the others have theirs.
+        If the directory is missing or not one, nothing in it matches, is selected or is complete, a
+        step listed explicitly is not there or not complete, two directories stand for one step,
+        several families are present, or a selected checkpoint has no weights where the others have
+        theirs.
 
     Warns
     -----
     RelexStreamWarning
-        If a checkpoint of step 0 is left out: the base stands for that step.
+        If a checkpoint of step 0 is left out, because the base stands for that step, or steps are
+        left out that are not complete.
     """
     directory = directory.absolute()
+    formats = _formats(source)
+    unfinished: dict[int, str] = {}
     if pattern is None:
-        pattern, matches = _match_families(directory)
+        root, family, matches = _match_families(directory, formats)
+        pattern = family.pattern
+        if root != directory:
+            pattern = f"{relative_to(root, directory)}/{pattern}"
+        by_step = _by_step(root, matches)
+        unfinished = family.unfinished(root, by_step)
     else:
-        parts = _compile_pattern(pattern)
-        matches = list(_match(directory, parts))
+        matches = list(_match(directory, _compile_pattern(pattern)))
         if not matches:
             raise SourceError(
                 f"{directory}: no directory matches --pattern {pattern}; there are: "
                 f"{summarise(list_names(directory))}"
             )
-    by_step = _by_step(directory, matches)
+        by_step = _by_step(directory, matches)
     if 0 in by_step:
         warnings.warn(
             f"{by_step.pop(0)} is left out: the base stands for step 0",
@@ -188,39 +130,164 @@ def find_checkpoints(
             stacklevel=2,
         )
     selected = _select(directory, by_step, steps)
-    inside = _find_weights(selected)
+    unfinished = {step: reason for step, reason in unfinished.items() if step in selected}
+    if unfinished:
+        explicit = steps.explicit if steps is not None else ()
+        warnings.warn(
+            _check_unfinished(selected, unfinished, explicit), RelexStreamWarning, stacklevel=2
+        )
+        selected = {step: path for step, path in selected.items() if step not in unfinished}
     layout = pattern.strip("/").replace("{step}", "N")
+    chosen, inside = _find_weights(selected, formats)
+    if inside != ".":
+        layout = f"{layout}/{inside}"
+    if chosen is not FORMATS[0]:
+        layout = f"{layout}, {chosen.title}"
     return FoundCheckpoints(
-        layout if inside == "." else f"{layout}/{inside}",
+        layout,
+        chosen,
         tuple((step, path / inside) for step, path in selected.items()),
+        unfinished,
     )
 
 
-def _match_families(directory: Location) -> tuple[str, list[tuple[int, Location]]]:
-    """Return the one known family present in a directory, with its steps."""
-    names = list_names(directory)
-    found = {
-        family: matches
-        for family in FAMILIES
-        if (matches := list(_match(directory, _compile_pattern(family))))
+class ListedSteps(NamedTuple):
+    """Directories that stand for steps, ascending, and those that the trainer has not finished."""
+
+    directories: dict[int, Location]
+    unfinished: dict[int, str]
+    """What shows it, by step."""
+
+
+def list_steps(
+    directory: Location,
+    pattern: str | None = None,
+    steps: StepSelection | None = None,
+    source: str = "auto",
+) -> ListedSteps:
+    """Return the directories that stand for steps, whatever is in them so far.
+
+    For those who wait for checkpoints: nothing need be there yet.
+
+    Parameters
+    ----------
+    directory, pattern, steps, source
+        As in `find_checkpoints`, but neither the directory nor any step need exist.
+
+    Returns
+    -------
+    ListedSteps
+        Without step 0. With a pattern, all are taken for finished.
+
+    Raises
+    ------
+    OptionError, SourceError
+        As in `find_checkpoints`, where waiting would not help: a malformed pattern, two directories
+        for one step, several families.
+    """
+    directory = directory.absolute()
+    formats = _formats(source)
+    parts = None if pattern is None else _compile_pattern(pattern)
+    unfinished: dict[int, str] = {}
+    by_step: dict[int, Location] = {}
+    if parts is not None:
+        if is_directory(directory):
+            by_step = _by_step(directory, list(_match(directory, parts)))
+    elif found := _family_in(directory, formats):
+        root, family, matches = found
+        by_step = _by_step(root, matches)
+        unfinished = family.unfinished(root, by_step)
+    wanted = {
+        step: path
+        for step, path in by_step.items()
+        if step and (steps is None or steps.selects(step))
     }
-    if len(found) > 1:
-        examples = [f"{family} ({matches[0][1].name})" for family, matches in found.items()]
-        raise SourceError(
-            f"{directory}: checkpoints of several kinds: {' and '.join(examples)}; choose one "
-            f"with --pattern, e.g. --pattern '{next(iter(found))}'"
-        )
-    if found:
-        return next(iter(found.items()))
-    if holds_weights(directory):
+    return ListedSteps(wanted, {step: unfinished[step] for step in unfinished if step in wanted})
+
+
+def _formats(source: str) -> Sequence[Format]:
+    if source == "auto":
+        return FORMATS
+    chosen = [format_ for format_ in FORMATS if format_.name == source]
+    if not chosen:
+        names = ", ".join(format_.name for format_ in FORMATS)
+        raise OptionError(f"--source {source}: there is no such format; choose auto, {names}")
+    return chosen
+
+
+def _match_families(
+    directory: Location, formats: Sequence[Format]
+) -> tuple[Location, Family, list[tuple[int, Location]]]:
+    """Return the one known family present in a run's directory, where it is, and its steps."""
+    names = list_names(directory)
+    present = _family_in(directory, formats)
+    if present is not None:
+        return present
+    if any(format_.holds(directory) for format_ in formats):
         raise SourceError(
             f"{directory}: this is one model; give the directory that holds the checkpoints"
         )
-    wanted = ", ".join(family.replace("{step}", "N") for family in FAMILIES)
+    wanted = ", ".join(family.shown for family in FAMILIES)
     raise SourceError(
-        f"{directory}: no checkpoints: looked for directories {wanted}; there are: "
-        f"{summarise(names)}; check the path, or say with --pattern how they are called"
+        f"{directory}: no checkpoints: looked for directories {wanted}, here and in "
+        f"{', '.join(RUN_DIRECTORIES[1:])}; there are: {summarise(names)}; check the path, or say "
+        "with --pattern how they are called"
     )
+
+
+def _family_in(
+    directory: Location, formats: Sequence[Format]
+) -> tuple[Location, Family, list[tuple[int, Location]]] | None:
+    """Return the one known family in a run's directory, where it is, and its steps, if any."""
+    for inside in RUN_DIRECTORIES:
+        root = directory / inside
+        if not is_directory(root):
+            continue
+        found = {
+            family: matches
+            for family in FAMILIES
+            if (matches := list(_match(root, _compile_pattern(family.pattern))))
+        }
+        if len(found) > 1:
+            found = _with_weights(found, formats) or found
+        if len(found) > 1:
+            examples = [f"{family.pattern} ({found[family][0][1].name})" for family in found]
+            raise SourceError(
+                f"{root}: checkpoints of several kinds: {' and '.join(examples)}; choose one "
+                f"with --pattern, e.g. --pattern '{next(iter(found)).pattern}'"
+            )
+        for family, matches in found.items():
+            return root, family, matches
+    return None
+
+
+def _with_weights(
+    found: Mapping[Family, list[tuple[int, Location]]], formats: Sequence[Format]
+) -> dict[Family, list[tuple[int, Location]]]:
+    """Return the families that have a step with weights that are read.
+
+    The state that some trainers write beside the weights has directories of its own.
+    """
+    return {
+        family: matches
+        for family, matches in found.items()
+        if any(_held(path, formats) is not None for _, path in matches)
+    }
+
+
+def _check_unfinished(
+    selected: Mapping[int, Location], unfinished: Mapping[int, str], explicit: Sequence[int]
+) -> str:
+    """Return what is left out, unless it must not or is all there is."""
+    examples = [f"{selected[step].name} ({reason})" for step, reason in unfinished.items()]
+    told = f"not complete: {summarise(examples)}"
+    root = next(iter(selected.values())).parent
+    remedy = "wait for the trainer, or take them as they are with --pattern"
+    if any(step in unfinished for step in explicit):
+        raise SourceError(f"{root}: {told}; {remedy}")
+    if len(unfinished) == len(selected):
+        raise SourceError(f"{root}: no checkpoint is complete; {told}; {remedy}")
+    return f"{root}: left out, because {told}"
 
 
 def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
@@ -304,34 +371,47 @@ def _summarise(steps: list[int]) -> str:
     return f"{', '.join(map(str, steps[:5]))}, ..., {steps[-1]} ({len(steps)} in all)"
 
 
-def _find_weights(selected: dict[int, Location]) -> str:
-    """Return where the weights lie inside every one of the selected directories."""
-    places = {
-        step: [inside for inside in WEIGHTS_DIRECTORIES if holds_weights(path / inside)]
-        for step, path in selected.items()
-    }
-    for inside in WEIGHTS_DIRECTORIES:
-        if all(inside in found for found in places.values()):
-            return inside
-    for step, found in places.items():
-        if not found:
-            raise _no_weights(selected[step])
-    (step, found), *others = places.items()
-    other = next(other for other, found_there in others if found[0] not in found_there)
+def _find_weights(
+    selected: Mapping[int, Location], formats: Sequence[Format]
+) -> tuple[Format, str]:
+    """Return the format of the weights and where they lie inside every selected directory."""
+    for format_ in formats:
+        for inside in format_.places:
+            if all(format_.holds(path / inside) for path in selected.values()):
+                return format_, inside
+    held: dict[Location, tuple[Format, str]] = {}
+    for path in selected.values():
+        place = _held(path, formats)
+        if place is None:
+            raise _no_weights(path, formats)
+        held[path] = place
+    (first, (wanted, inside)), *others = held.items()
+    other, (format_, elsewhere) = next(
+        (path, place) for path, place in others if not wanted.holds(path / inside)
+    )
     raise SourceError(
-        f"weights lie in {selected[step] / found[0]} but in "
-        f"{selected[other] / places[other][0]}: the steps of one run must agree; choose with "
-        "--pattern or --steps"
+        f"weights lie in {first / inside} ({wanted.title}) but in {other / elsewhere} "
+        f"({format_.title}): the steps of one run must agree; choose with --source, --pattern or "
+        "--steps"
     )
 
 
-def _no_weights(path: Location) -> SourceError:
-    """Name weights in other formats, if there are any where trainers put theirs."""
-    looked = ", ".join(inside for inside in WEIGHTS_DIRECTORIES)
-    start = f"{path}: no {SINGLE_FILE} or {INDEX_FILE} in {looked}; found "
-    for inside in (".", "actor", *WEIGHTS_DIRECTORIES[1:]):
-        recognised = recognise_weights(path / inside)
-        if recognised is not None:
-            what, remedy = recognised
-            return SourceError(f"{start}{what}{'' if inside == '.' else f' in {inside}'}; {remedy}")
-    return SourceError(f"{start}{summarise(list_names(path))}; save the checkpoint with weights")
+def _held(path: Location, formats: Sequence[Format]) -> tuple[Format, str] | None:
+    """Return the first format and place that a step's directory has weights in."""
+    for format_ in formats:
+        for inside in format_.places:
+            if format_.holds(path / inside):
+                return format_, inside
+    return None
+
+
+def _no_weights(path: Location, formats: Sequence[Format]) -> SourceError:
+    """Say what was looked for and what is there: other weights, if there are any."""
+    looked = "; ".join(
+        f"{format_.looked_for} in {', '.join(format_.places)}" for format_ in formats
+    )
+    found, remedy = recognise_inside(path) or (
+        summarise(list_names(path)),
+        "save the checkpoint with weights, or say with --pattern where they are",
+    )
+    return SourceError(f"{path}: no weights: found {found}; {remedy} (looked for {looked})")

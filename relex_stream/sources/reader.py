@@ -171,7 +171,7 @@ class CheckpointReader:
     def reading_bytes(self) -> int:
         """What requests to object storage hold in memory, at most."""
         with self._changed:
-            return READING_BYTES if any("://" in path for path in self._versions) else 0
+            return READING_BYTES if are_objects(self._versions) else 0
 
     def limited_to(self, paths: Iterable[str]) -> CheckpointReader:
         """Return another reader, which expects the same of some files and nothing of others.
@@ -272,7 +272,7 @@ class CheckpointReader:
         SourceError
             If a file cannot be opened, or changed since first opened.
         """
-        assert not any("://" in path for path in paths), "objects have no descriptors"
+        assert not are_objects(paths), "objects have no descriptors"
         if len(paths) > self.max_open:
             raise ValueError(
                 f"{len(paths)} files asked for at once, at most {self.max_open} may be"
@@ -336,6 +336,11 @@ class CheckpointReader:
             return
         idle = next(path for path, file in self._files.items() if not file.readers)
         os.close(self._files.pop(idle).descriptor)
+
+
+def are_objects(paths: Iterable[str]) -> bool:
+    """Say whether files are on object storage: those of a checkpoint all are, or none."""
+    return any("://" in path for path in paths)
 
 
 def _close_all(files: OrderedDict[str, _OpenFile]) -> None:

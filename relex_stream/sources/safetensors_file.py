@@ -36,6 +36,17 @@ class _UnsupportedDTypeError(ValueError):
 def read_weights_file(
     path: Location, relative_path: str
 ) -> tuple[WeightsFile, dict[str, TensorPlace]]:
+    """Read and check the header of a safetensors file, but for what it says of itself.
+
+    As `read_header`, without the metadata.
+    """
+    weights_file, places, _ = read_header(path, relative_path)
+    return weights_file, places
+
+
+def read_header(
+    path: Location, relative_path: str
+) -> tuple[WeightsFile, dict[str, TensorPlace], dict[str, str]]:
     """Read and check the header of a safetensors file.
 
     Parameters
@@ -52,6 +63,8 @@ def read_weights_file(
         bytes (empty tensors included; those at one offset stay in header order).
     dict of str to TensorPlace
         Where each tensor's bytes lie, in the same order. Offsets may be unaligned.
+    dict of str to str
+        What the header says of the file itself, its ``__metadata__``.
 
     Raises
     ------
@@ -71,7 +84,8 @@ def read_weights_file(
     places = {
         spec.name: TensorPlace(spec, where, start + begin) for spec, begin, _ in checked.tensors
     }
-    return WeightsFile(relative_path, size, status.modified_ns, checked.parts), places
+    file = WeightsFile(relative_path, size, status.modified_ns, checked.parts)
+    return file, places, checked.metadata
 
 
 class _Checked(NamedTuple):
@@ -81,6 +95,7 @@ class _Checked(NamedTuple):
     size: int
     tensors: list[tuple[TensorSpec, int, int]]
     parts: tuple[FilePart, ...]
+    metadata: dict[str, str]
 
 
 _last_checked: dict[str, _Checked] = {}
@@ -91,7 +106,7 @@ _MOST_KEPT = 4096
 
 def _check(path: Location, raw_header: bytes, size: int) -> _Checked:
     try:
-        tensors = _parse_header(raw_header[_LENGTH_BYTES:])
+        tensors, metadata = _parse_header(raw_header[_LENGTH_BYTES:])
     except _UnsupportedDTypeError as error:
         raise SourceError(f"{path}: {error} is not supported; dequantise the model first") from None
     except ValueError as error:
@@ -101,7 +116,7 @@ def _check(path: Location, raw_header: bytes, size: int) -> _Checked:
     _check_coverage(path, tensors, len(raw_header), size)
     _check_with_library(path, raw_header, size)
     parts = (FilePart(literal=raw_header), *(FilePart(tensor=spec.name) for spec, _, _ in tensors))
-    return _Checked(raw_header, size, tensors, parts)
+    return _Checked(raw_header, size, tensors, parts, metadata)
 
 
 def _read_header(path: Location) -> tuple[bytes, FileStatus]:
@@ -157,23 +172,22 @@ def _truncated(path: Location, size: int, expected: str) -> SourceError:
     return SourceError(f"{path}: truncated: {size} bytes where {expected} expected; copy it again")
 
 
-def _parse_header(header: bytes) -> list[tuple[TensorSpec, int, int]]:
-    """Return tensors with the begin and end of their bytes, in the order of those bytes.
+def _parse_header(header: bytes) -> tuple[list[tuple[TensorSpec, int, int]], dict[str, str]]:
+    """Return tensors with begin and end of their bytes, in the order of those bytes; and metadata.
 
     Raises ValueError with a clause that says what is wrong.
     """
     if not header.startswith(b"{"):
         raise ValueError("it does not begin with '{'")
     entries = parse_object(header)
-    if _METADATA in entries:
-        metadata = entries.pop(_METADATA)
-        if not isinstance(metadata, dict) or not all(
-            isinstance(value, str) for value in metadata.values()
-        ):
-            raise ValueError(f"{_METADATA} is not an object of strings")
+    metadata = entries.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise ValueError(f"{_METADATA} is not an object of strings")
     tensors = [_parse_entry(name, entry) for name, entry in entries.items()]
     tensors.sort(key=lambda item: item[1:])  # stable: empty tensors at one offset keep their order
-    return tensors
+    return tensors, metadata
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:

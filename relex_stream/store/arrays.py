@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from relex_stream.specs import STEP_GROUP
-from relex_stream.store.records import FORMAT_VERSION, StoredTensor
+from relex_stream.store.records import StoredTensor
 
 DELTAS = "deltas"
 """Group of the arrays of differences, one per tracked tensor."""
@@ -62,7 +62,8 @@ def group_document(attributes: dict[str, Any] | None = None) -> bytes:
 
 def root_document() -> bytes:
     """Return the ``zarr.json`` of the store itself."""
-    return group_document({"relex_stream": {"format": FORMAT_VERSION}})
+    # Of the tree of arrays; HEAD says what a reader of the store must know.
+    return group_document({"relex_stream": {"format": 1}})
 
 
 def array_document(tensor: StoredTensor, group: str, rows: int) -> bytes:

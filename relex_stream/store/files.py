@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from relex_stream.errors import StoreError
+from relex_stream.errors import StoreBusyError, StoreError
 
 
 def make_directory(path: Path | str) -> None:
@@ -187,8 +187,10 @@ def exclusive_lock(path: Path) -> Iterator[Lock]:
 
     Raises
     ------
-    StoreError
+    StoreBusyError
         If another process holds the lock.
+    StoreError
+        If the file system has no locks.
     """
     missing = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -197,7 +199,7 @@ def exclusive_lock(path: Path) -> Iterator[Lock]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
-            raise StoreError(
+            raise StoreBusyError(
                 f"another process is writing to {path.parent} ({owner}); "
                 "wait for it, or end it, and run this again"
             ) from error

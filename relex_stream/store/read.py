@@ -29,6 +29,7 @@ from relex_stream.store.records import (
     FileEntry,
     Head,
     Manifest,
+    RecipePart,
     RecordName,
     StoredTensor,
     decode_commit,
@@ -437,8 +438,8 @@ class Store:
             raise CorruptionError(f"{self.path}: blob {sha256} does not match its name")
         return data
 
-    def recipe(self, entry: FileEntry) -> list[tuple[str, str]]:
-        """Return the parts of a weights file: ``("blob", sha256)`` or ``("tensor", name)``."""
+    def recipe(self, entry: FileEntry) -> list[RecipePart]:
+        """Return the parts of a weights file, in order."""
         assert entry.recipe is not None
         return _parse_recipe(self.blob(entry.recipe), entry)
 
@@ -448,9 +449,9 @@ class Store:
         for entry in entries:
             if entry.blob is not None:
                 needed.add(entry.blob)
-            elif entry.recipe is not None and entry.recipe not in needed:
+            if entry.recipe is not None and entry.recipe not in needed:
                 needed.add(entry.recipe)
-                needed.update(name for kind, name in self.recipe(entry) if kind == "blob")
+                needed.update(part.blob for part in self.recipe(entry) if part.blob is not None)
         return needed
 
     # --- the whole ------------------------------------------------------------------------------
@@ -549,15 +550,12 @@ def blob_key(sha256: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _cached_recipe(data: bytes) -> tuple[int, tuple[tuple[str, str], ...]]:
+def _cached_recipe(data: bytes) -> tuple[int, tuple[RecipePart, ...]]:
     body = json.loads(data)
-    parts = tuple((str(kind), str(name)) for kind, name in body["parts"])
-    if any(kind not in ("blob", "tensor") for kind, _ in parts):
-        raise ValueError("unknown kind of part")
-    return int(body["size"]), parts
+    return int(body["size"]), tuple(map(RecipePart.decode, body["parts"]))
 
 
-def _parse_recipe(data: bytes, entry: FileEntry) -> list[tuple[str, str]]:
+def _parse_recipe(data: bytes, entry: FileEntry) -> list[RecipePart]:
     try:
         size, parts = _cached_recipe(data)
     except (ValueError, KeyError, TypeError) as error:

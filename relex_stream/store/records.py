@@ -11,10 +11,11 @@ import json
 import math
 import posixpath
 import struct
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from relex_stream.errors import CorruptionError, StoreError
-from relex_stream.specs import DTYPES, STEP_GROUP, DType
+from relex_stream.specs import DTYPES, STEP_GROUP, Box, DType
 
-FORMAT_VERSION = 1
-"""The store format this version writes, and the newest it reads."""
+NEWEST_FORMAT = 2
+"""The newest store format this version reads. It writes the oldest that has what is needed: 2 adds
+files made of parts of tensors."""
 
 MAX_STEP = (1 << 53) - 1
 """Largest step: every one up to here is exact in float64 and in JSON."""
@@ -97,9 +99,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of a checkpoint: its content as the name of one blob, or of a recipe of many.
+    """A file of a checkpoint: its content as the name of one blob, or a recipe for it.
 
-    A recipe is a blob of JSON: ``{"size": n, "parts": [["blob", sha256], ["tensor", name]]}``.
+    A recipe is a blob of JSON that names what the file is made of, in order: blobs, tensors, parts
+    of tensors, and, where the entry has a blob too, runs of that blob's bytes.
     """
 
     path: str
@@ -108,8 +111,55 @@ class FileEntry:
     recipe: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.blob is None) == (self.recipe is None):
-            raise ValueError(f"file {self.path} has not exactly one of blob and recipe")
+        if self.blob is None and self.recipe is None:
+            raise ValueError(f"file {self.path} has neither blob nor recipe")
+
+    @property
+    def format(self) -> int:
+        """The oldest store format that has such entries."""
+        return 1 if self.blob is None or self.recipe is None else 2
+
+
+class RecipePart(NamedTuple):
+    """A run of bytes of a file: of a tensor, a box of it, a whole blob, or of the entry's own blob.
+
+    One of ``tensor``, ``blob`` and ``nbytes`` is set; ``box`` may be with a tensor.
+    """
+
+    tensor: str | None = None
+    box: Box | None = None
+    blob: str | None = None
+    nbytes: int | None = None
+    """Of the entry's own blob, from where the part before ended."""
+
+    def encode(self) -> list[Any]:
+        """Return it as JSON has it."""
+        if self.nbytes is not None:
+            return ["literal", self.nbytes]
+        if self.blob is not None:
+            return ["blob", self.blob]
+        return ["tensor", self.tensor, *map(list, self.box or ())]
+
+    @classmethod
+    def decode(cls, part: list[Any]) -> RecipePart:
+        """Read one.
+
+        Raises
+        ------
+        ValueError
+            If it is none.
+        """
+        match part:
+            case ["blob", str(name)]:
+                return cls(blob=name)
+            case ["literal", int(nbytes)] if nbytes >= 0:
+                return cls(nbytes=nbytes)
+            case ["tensor", str(name)]:
+                return cls(tensor=name)
+            case ["tensor", str(name), list(start), list(shape)] if len(start) == len(shape):
+                if all(type(number) is int and number >= 0 for number in start + shape):
+                    return cls(tensor=name, box=Box(tuple(start), tuple(shape)))
+        raise ValueError("unknown kind of part")
 
 
 @dataclass(frozen=True)
@@ -167,6 +217,11 @@ class Commit:
     sketch: NDArray[np.float16]
     sketch_scale: NDArray[np.float32]
 
+    @property
+    def format(self) -> int:
+        """The oldest store format that has such a commit."""
+        return _format_of(self.files)
+
 
 @dataclass(frozen=True)
 class RecordName:
@@ -187,7 +242,12 @@ class Head:
     manifest: RecordName
     steps: tuple[int, ...]
     commits: tuple[RecordName, ...]
+    format: int = 1
     fence: str | None = None
+
+
+def _format_of(files: Iterable[FileEntry]) -> int:
+    return max((entry.format for entry in files), default=1)
 
 
 def record_name(stem: str, data: bytes) -> RecordName:
@@ -218,13 +278,13 @@ def check_version(version: object, what: str) -> None:
     Raises
     ------
     StoreError
-        If `version` is newer than `FORMAT_VERSION` or no version at all.
+        If `version` is newer than `NEWEST_FORMAT` or no version at all.
     """
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise StoreError(f"{what} names no store format; it is not part of a relex-stream store")
-    if version > FORMAT_VERSION:
+    if version > NEWEST_FORMAT:
         raise StoreError(
-            f"{what} has store format {version}, this version reads up to {FORMAT_VERSION}; "
+            f"{what} has store format {version}, this version reads up to {NEWEST_FORMAT}; "
             "install a newer relex-stream"
         )
 
@@ -244,7 +304,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         for tensor in manifest.tensors
     ]
     metadata = {
-        "format": FORMAT_VERSION,
+        "format": _format_of(manifest.base_files),
         "tensors": tensors,
         "block_bytes": manifest.block_bytes,
         "step_group": STEP_GROUP,
@@ -327,7 +387,7 @@ def decode_manifest(data: bytes) -> Manifest:
 def encode_commit(commit: Commit) -> bytes:
     """Return a commit as a record."""
     metadata = {
-        "format": FORMAT_VERSION,
+        "format": commit.format,
         "step": commit.step,
         "row": commit.row,
         "previous": commit.previous,
@@ -392,7 +452,7 @@ def decode_commit(data: bytes, manifest: Manifest, what: str) -> Commit:
 def encode_head(head: Head) -> bytes:
     """Return HEAD as bytes: JSON with a checksum of itself."""
     body: dict[str, Any] = {
-        "format": FORMAT_VERSION,
+        "format": head.format,
         "manifest": [head.manifest.path, head.manifest.crc32c],
         "commits": [
             [step, name.path, name.crc32c]
@@ -435,7 +495,7 @@ def decode_head(data: bytes) -> Head:
     for name in (manifest, *names):
         if posixpath.dirname(name.path) != "commits":
             raise CorruptionError(f"HEAD of the store names a record elsewhere: {name.path!r}")
-    return Head(manifest, steps, tuple(names), fence)
+    return Head(manifest, steps, tuple(names), body["format"], fence)
 
 
 def _body_crc(body: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Self
@@ -30,6 +30,7 @@ from relex_stream.store.records import (
     FileEntry,
     Head,
     Manifest,
+    RecipePart,
     RecordName,
     StoredTensor,
     encode_commit,
@@ -41,6 +42,11 @@ from relex_stream.store.storage import storage_at
 
 LOCK_NAME = "LOCK"
 _OWN_NAMES = {HEAD_NAME, LOCK_NAME, "zarr.json", arrays.DELTAS, arrays.BASE, "commits", "blobs"}
+
+
+def blob_name(data: bytes) -> str:
+    """Return the name of a blob: the SHA-256 of its bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sync_frames(root: Location, keys: Sequence[str]) -> None:
@@ -81,6 +87,36 @@ def write_frames(
     key = arrays.chunk_key(group, tensor, chunk_row, block)
     storage_at(root).write_tail(key, committed, data, fence.check if fence is not None else None)
     return key
+
+
+def weights_entry(file: WeightsFile, put_blob: Callable[[bytes], str]) -> FileEntry:
+    """Return what a store keeps of a weights file that can be put together again.
+
+    Literal bytes are blobs named in the recipe where they are few and mostly the same at every step
+    (a header), else one blob for the file: then all steps may share the recipe.
+
+    Parameters
+    ----------
+    file : WeightsFile
+    put_blob : callable
+        Is given each blob, and returns its name.
+    """
+    assert file.parts is not None
+    literals = [part.literal for part in file.parts if part.literal is not None]
+    own_blob = None
+    if len(literals) > 1 or any(part.box is not None for part in file.parts):
+        own_blob = put_blob(b"".join(literals))
+    parts = []
+    for part in file.parts:
+        if part.literal is None:
+            parts.append(RecipePart(tensor=part.tensor, box=part.box))
+        elif own_blob is None:
+            parts.append(RecipePart(blob=put_blob(part.literal)))
+        else:
+            parts.append(RecipePart(nbytes=len(part.literal)))
+    body = {"size": file.size, "parts": [part.encode() for part in parts]}
+    recipe = put_blob(json.dumps(body, separators=(",", ":")).encode())
+    return FileEntry(file.relative_path, file.size, blob=own_blob, recipe=recipe)
 
 
 @dataclass(frozen=True)
@@ -202,7 +238,7 @@ class StoreWriter:
 
     def put_blob(self, data: bytes) -> str:
         """Keep `data` once per content; return its name."""
-        name = hashlib.sha256(data).hexdigest()
+        name = blob_name(data)
         if name not in self._blobs:
             if not self._storage.has_blob(blob_key(name), data):
                 self._write(blob_key(name), data)
@@ -211,16 +247,7 @@ class StoreWriter:
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
         """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
-        assert file.parts is not None
-        parts: list[tuple[str, str]] = []
-        for part in file.parts:
-            if part.literal is not None:
-                parts.append(("blob", self.put_blob(part.literal)))
-            else:
-                assert part.tensor is not None
-                parts.append(("tensor", part.tensor))
-        recipe = json.dumps({"size": file.size, "parts": parts}, separators=(",", ":")).encode()
-        return FileEntry(file.relative_path, file.size, recipe=self.put_blob(recipe))
+        return weights_entry(file, self.put_blob)
 
     def put_side_file(self, relative_path: str, data: bytes) -> FileEntry:
         """Keep a side file once per content."""
@@ -252,7 +279,10 @@ class StoreWriter:
         self._storage.sync(chain(self._written, self._chunks_of(manifest, commits)))
         self._written.clear()
         steps = head.steps + tuple(commit.step for commit in commits)
-        self._replace_head(replace(head, steps=steps, commits=tuple(names)))
+        newest = max((commit.format for commit in commits), default=1)
+        self._replace_head(
+            replace(head, steps=steps, commits=tuple(names), format=max(head.format, newest))
+        )
 
     def _chunks_of(self, manifest: Manifest, commits: Sequence[Commit]) -> Iterator[str]:
         """Yield the chunks that `write_frames` wrote for these commits."""
@@ -286,7 +316,9 @@ class StoreWriter:
 
         Others that still go by an earlier one then cannot replace it any more.
         """
-        return head if self._storage.is_local else replace(head, fence=uuid.uuid4().hex)
+        if self._storage.is_local:
+            return head
+        return replace(head, format=max(head.format, 2), fence=uuid.uuid4().hex)
 
     def _replace_head(self, head: Head) -> None:
         self._head_version = self._storage.replace_head(encode_head(head), self._head_version)

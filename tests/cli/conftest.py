@@ -24,6 +24,7 @@ from relex_stream.summaries import (
     BuildSummary,
     DropSummary,
     ExportedFile,
+    ExportsSummary,
     ExportSummary,
     ForecastSkill,
     GroupAnalysis,
@@ -39,6 +40,8 @@ from relex_stream.summaries import (
     StoreInfo,
     SubspaceFigures,
     VerifySummary,
+    WatchEvent,
+    WatchSummary,
 )
 
 MIB = 1 << 20
@@ -294,10 +297,20 @@ EXPORT = ExportSummary(
     store="run.store",
     step=10,
     path="out",
+    file_format="ingested",
     files=(ExportedFile("config.json", 700, "ab" * 32), ExportedFile("w\x1b[2J", 3, "cd" * 32)),
     bytes_written=81 * MIB,
     peak_memory_bytes=222 * MIB,
     elapsed_s=0.5,
+)
+
+EXPORTS = ExportsSummary(
+    store="run.store",
+    path="out",
+    exports=(EXPORT, dataclasses.replace(EXPORT, step=20, path="out/step_20", file_format="hf")),
+    bytes_written=162 * MIB,
+    peak_memory_bytes=222 * MIB,
+    elapsed_s=1.0,
 )
 
 INFO = StoreInfo(
@@ -323,6 +336,43 @@ VERIFY = VerifySummary("run.store", 50, 1950, 50, 6, 18 * MIB, (), 0.1)
 DROP = DropSummary("run.store", (40, 50), (10, 20, 30), 2 * MIB)
 
 
+WATCH = WatchSummary(
+    store="run.store",
+    ended="stopped",
+    steps_added=(40,),
+    steps_verified=(40,),
+    steps_differing=(),
+    steps_deleted=(30,),
+    steps_given_up=(),
+    bytes_in=16_400_000_000,
+    bytes_stored=58_000_000,
+    bytes_deleted=16_400_000_000,
+    elapsed_s=33.5,
+)
+
+WATCH_TIME = "2026-11-23T20:53:14+01:00"
+WATCH_EVENTS = (
+    WatchEvent(
+        WATCH_TIME,
+        "stored",
+        40,
+        bytes_in=16_400_000_000,
+        bytes_stored=58_000_000,
+        ratio=282.8,
+        elapsed_s=33.1,
+        verified=True,
+    ),
+    WatchEvent(
+        WATCH_TIME,
+        "deleting",
+        30,
+        files=("step_30/a.safetensors", "step_30/b.safetensors"),
+        bytes_deleted=16_400_000_000,
+    ),
+    WatchEvent(WATCH_TIME, "waiting", 50, "runs/\x1b[2J/step_50 lacks .metadata"),
+)
+
+
 class FakeApi(types.ModuleType):
     """What `relex_stream.api` has; `test_commands.py` holds its calls against the real one."""
 
@@ -339,10 +389,13 @@ class FakeApi(types.ModuleType):
             "combine": COMBINE,
             "sweep": SWEEP,
             "export": EXPORT,
+            "export_steps": EXPORTS,
             "info": INFO,
             "verify": VERIFY,
             "drop": DROP,
+            "watch": WATCH,
         }
+        self.events = list(WATCH_EVENTS)
         self.raises: BaseException | None = None
         self.warns: list[Warning] = []
 
@@ -362,24 +415,9 @@ class FakeApi(types.ModuleType):
             progress.finish()
         return self.results[name]
 
-    def build_store(
-        self,
-        base: str | Path,
-        checkpoints: str | Path,
-        store: str | Path,
-        *,
-        pattern: str | None = None,
-        steps: str | None = None,
-        memory_limit: int | None = None,
-        workers: int | None = None,
-        include_base: bool = False,
-        allow_nonfinite: bool = False,
-        seed: int = 0,
-        scheduler: str | Path | None = None,
-        local_cluster: int | None = None,
-        progress: Progress | None = None,
-    ) -> BuildSummary:
-        return self._run("build_store", locals())
+    def build_store(self, base: Path, checkpoints: Path, store: Path, **asked: Any) -> BuildSummary:
+        places = {"base": base, "checkpoints": checkpoints, "store": store}
+        return self._run("build_store", {"self": self, **places, **asked})
 
     def analyze(self, store: Path, **asked: Any) -> AnalyzeSummary:
         return self._run("analyze", {"self": self, "store": store, **asked})
@@ -408,12 +446,17 @@ class FakeApi(types.ModuleType):
         out: str | Path,
         *,
         step: int,
+        file_format: str | None = None,
+        cast: str | None = None,
         base: str | Path | None = None,
         memory_limit: int | None = None,
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> ExportSummary:
         return self._run("export", locals())
+
+    def export_steps(self, store: Path, out: Path, **asked: Any) -> ExportsSummary:
+        return self._run("export_steps", {"self": self, "store": store, "out": out, **asked})
 
     def info(self, store: str | Path) -> StoreInfo:
         return self._run("info", locals())
@@ -430,6 +473,12 @@ class FakeApi(types.ModuleType):
 
     def drop(self, store: str | Path, *, after: int) -> DropSummary:
         return self._run("drop", locals())
+
+    def watch(self, base: Path, checkpoints: Path, store: Path, **asked: Any) -> WatchSummary:
+        for event in self.events:
+            asked["on_event"](event)
+        places = {"base": base, "checkpoints": checkpoints, "store": store}
+        return self._run("watch", {"self": self, **places, **asked})
 
     def warn(self, text: str) -> None:
         """Let the next call warn."""
@@ -470,6 +519,7 @@ COMMAND_LINES = {
     "info": ("info", "run.store"),
     "verify": ("verify", "run.store"),
     "drop": ("drop", "run.store", "--after", "30"),
+    "watch": ("watch", "base", "checkpoints", "run.store"),
 }
 """A shortest valid line for each command of the library."""
 

@@ -47,7 +47,11 @@ GROUPS = {
 }
 """Headings for options that many commands share, by names; all others come first."""
 
-EXIT_STATUSES = {"verify": "0 where the store is intact, 1 where it found problems."}
+EXIT_STATUSES = {
+    "verify": "0 where the store is intact, 1 where it found problems.",
+    "watch": "0 also after SIGTERM or Ctrl-C, 1 where a step was given up or differs from its "
+    "source.",
+}
 """What is special; the rest is in the index."""
 
 

@@ -19,7 +19,9 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
         *("build-store", "base", "checkpoints", "run.store", "--pattern", "epoch-{step}"),
         *("--steps", "1:75:5,80", "--memory-limit", "512MiB", "--workers", "3"),
-        *("--include-base", "--allow-nonfinite", "--seed", "7"),
+        *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
+        *("--replace-from", "40", "--source", "dcp", "--strip-prefix", "app.model."),
+        *("--map", "^a=b", "--map", "c=d=e"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
     )
     assert result.exit_code == 0, result.stderr
@@ -37,6 +39,11 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "include_base": True,
                 "allow_nonfinite": True,
                 "seed": 7,
+                "cast": "bf16",
+                "replace_from": 40,
+                "source": "dcp",
+                "strip_prefix": "app.model.",
+                "map_names": (("^a", "b"), ("c=d", "e")),
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
             },
@@ -306,22 +313,44 @@ def test_report_prints_what_was_written_and_the_verdict(api: FakeApi, run: Run) 
     assert "tables       2 files\n" in output
 
 
+EXPORT_OPTIONS = (
+    *("--base", "b", "--format", "hf", "--as", "bf16"),
+    *("--memory-limit", "1073741824", "--workers", "2"),
+)
+EXPORT_ARGUMENTS = {
+    "store": Path("run.store"),
+    "out": Path("out"),
+    "file_format": "hf",
+    "cast": "bf16",
+    "base": Path("b"),
+    "memory_limit": 1 << 30,
+    "workers": 2,
+}
+
+
 def test_export_passes_every_option(api: FakeApi, run: Run) -> None:
     result = run(
-        *("export", "run.store", "out", "--step", "0", "--base", "b"),
-        *("--memory-limit", "1073741824", "--workers", "2"),
+        *("export", "run.store", "out", "--step", "0", *EXPORT_OPTIONS),
     )
     assert result.exit_code == 0, result.stderr
-    (name, arguments), *rest = api.calls
-    assert (name, rest) == ("export", [])
-    assert arguments == {
-        "store": Path("run.store"),
-        "out": Path("out"),
-        "step": 0,
-        "base": Path("b"),
-        "memory_limit": 1 << 30,
-        "workers": 2,
-    }
+    assert api.calls == [("export", {**EXPORT_ARGUMENTS, "step": 0})]
+
+
+def test_export_of_several_steps_passes_every_option(api: FakeApi, run: Run) -> None:
+    result = run("export", "run.store", "out", "--steps", "10:100:10", *EXPORT_OPTIONS)
+    assert result.exit_code == 0, result.stderr
+    assert api.calls == [("export_steps", {**EXPORT_ARGUMENTS, "steps": "10:100:10"})]
+    first, *_ = result.stdout.splitlines()
+    assert first.endswith("  step_10/config.json")
+    assert "step 20 as a model like the base: 2 files" in result.stderr
+
+
+@pytest.mark.parametrize("steps", [(), ("--step", "1", "--steps", "1:2")])
+def test_export_takes_one_step_or_several(api: FakeApi, run: Run, steps: tuple[str, ...]) -> None:
+    result = run("export", "run.store", "out", *steps)
+    assert result.exit_code == 2
+    assert "give one of --step and --steps" in result.stderr
+    assert api.calls == []
 
 
 def test_verify_info_and_drop_pass_every_option(api: FakeApi, run: Run) -> None:
@@ -351,7 +380,9 @@ def test_calls_and_defaults_are_those_of_the_library(name: str, api: FakeApi, ru
     if "run" in signature.parameters:
         options = dataclasses.fields(RunOptions)
         defaults |= {each.name: each.default for each in options if each.name != "entry_capacity"}
-    defaults.pop("progress", None)
+    # What the command itself brings.
+    for key in ("progress", "on_event", "stop"):
+        defaults.pop(key, None)
     for key in defaults.keys() - {"recipes"}:  # named in the command line above
         # What may be given several times is a tuple here; one value by itself will do there.
         assert arguments[key] in (defaults[key], (defaults[key],)), key

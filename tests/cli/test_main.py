@@ -203,6 +203,7 @@ def test_warnings_of_others_need_debug(api: FakeApi, run: Run) -> None:
 
 @pytest.mark.parametrize("name", COMMAND_LINES)
 def test_json_is_one_document_with_every_field(name: str, api: FakeApi, run: Run) -> None:
+    api.events.clear()  # of a watch each is a document more
     result = run(*COMMAND_LINES[name], "--json")
     assert result.exit_code == 0
     summary = api.results[name.replace("-", "_")]

@@ -110,8 +110,8 @@ def check_exports(store: Path, sources: Sources, base: Path | None = None) -> tu
                 data = inside.blob(entry.blob)
             else:
                 parts = [
-                    inside.blob(name) if kind == "blob" else bits[name].tobytes()
-                    for kind, name in inside.recipe(entry)
+                    inside.blob(part.blob) if part.blob is not None else bits[part.tensor].tobytes()
+                    for part in inside.recipe(entry)
                 ]
                 data = b"".join(parts)
             assert data == (directory / entry.path).read_bytes(), f"step {step}: {entry.path}"

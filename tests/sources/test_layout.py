@@ -6,13 +6,12 @@ from hypothesis import strategies as st
 
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.sources import (
-    FoundCheckpoints,
     StepSelection,
     find_checkpoints,
     open_checkpoint,
     parse_steps,
 )
-from tests.make_checkpoints import make_trajectory, write_model
+from tests.make_checkpoints import make_trajectory, write_model, write_safetensors
 
 TENSORS = {"a": ("U8", (1,), b"x")}
 
@@ -41,9 +40,8 @@ def names(found, root):
 def test_known_layouts(tmp_path, path, layout):
     make(tmp_path, *(path.format(step) for step in (10, 9, 100)))
     found = find_checkpoints(tmp_path)
-    assert found == FoundCheckpoints(
-        layout, tuple((step, tmp_path / path.format(step)) for step in (9, 10, 100))
-    )
+    assert (found.layout, found.format.name, found.unfinished) == (layout, "safetensors", {})
+    assert found.checkpoints == tuple((step, tmp_path / path.format(step)) for step in (9, 10, 100))
 
 
 def test_trajectory(tmp_path):
@@ -59,7 +57,7 @@ def test_other_entries_are_passed_over(tmp_path):
         "step_5.tmp",
         "step_",
         "step_x",
-        "step-7",
+        "step.7",
         "STEP_7",
         "step_7 ",
         "step_٣",
@@ -84,7 +82,9 @@ def test_first_weights_directory_common_to_all(tmp_path):
 
 def test_weights_in_different_places(tmp_path):
     make(tmp_path, "step_1", "step_2/huggingface")
-    with pytest.raises(SourceError, match=r"weights lie in .*step_1 but in .*step_2/huggingface"):
+    with pytest.raises(
+        SourceError, match=r"weights lie in .*step_1 \(safetensors\) but in .*step_2/hugg"
+    ):
         find_checkpoints(tmp_path)
     assert find_checkpoints(tmp_path, steps=parse_steps("2")).layout == "step_N/huggingface"
 
@@ -96,12 +96,12 @@ def test_no_weights(tmp_path):
     (actor / "huggingface/config.json").write_text("{}")
     with pytest.raises(
         SourceError,
-        match=r"global_step_2: no model.safetensors or model.safetensors.index.json in "
-        r"., huggingface, actor/huggingface; found actor; ",
+        match=r"global_step_2: no weights: found actor; save .* \(looked for model.safetensors or "
+        r"model.safetensors.index.json in ., huggingface, actor/huggingface, .*; shard-\*",
     ):
         find_checkpoints(tmp_path)
-    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"found FSDP shards \(.*\) in actor; merge to safeten"):
+    (actor / "model.pt").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"found PyTorch files \(.*\) in actor; merge to safet"):
         find_checkpoints(tmp_path)
     assert len(find_checkpoints(tmp_path, steps=parse_steps("1")).checkpoints) == 1
 
@@ -303,3 +303,125 @@ def test_selects_what_range_gives(items):
 def test_parse_steps_raises_nothing_else(text):
     with contextlib.suppress(OptionError):
         parse_steps(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "layout"),
+    [
+        # what trainers write, and how it is named
+        ("global_step{}_hf", "global_step{}_hf"),
+        ("step-{}", "step-{}"),
+        ("step_{}/weight", "step_{}/weight"),
+        ("step_{}/policy/weights/model/consolidated",) * 2,
+        ("global_step_{}/actor/model/huggingface",) * 2,
+    ],
+)
+def test_layouts_of_trainers(tmp_path, path, layout):
+    make(tmp_path, path.format(1), path.format(2))
+    assert find_checkpoints(tmp_path).layout == layout.format("N")
+
+
+@pytest.mark.parametrize("inside", ["weights", "checkpoints", "checkpoint", "broadcasts"])
+def test_the_runs_directory_does_as_well(tmp_path, inside):
+    make(tmp_path, f"{inside}/step_1")
+    (tmp_path / inside / "step_1/STABLE").touch()
+    (tmp_path / "logs").mkdir()
+    found = find_checkpoints(tmp_path)
+    assert found.layout == f"{inside}/step_N"
+    assert found.checkpoints == ((1, tmp_path / inside / "step_1"),)
+    assert find_checkpoints(tmp_path / inside).layout == "step_N"
+
+
+def test_of_several_directories_of_a_run_the_first_counts(tmp_path):
+    make(tmp_path, "checkpoints/step_1", "weights/step_1", "broadcasts/step_2")
+    (tmp_path / "weights/step_1/STABLE").touch()
+    assert find_checkpoints(tmp_path).layout == "weights/step_N"
+
+
+def test_a_family_without_weights_does_not_count_beside_one_with(tmp_path):
+    # OpenRLHF's supervised training: DeepSpeed's state beside the models.
+    make(tmp_path, "global_step5_hf", "global_step10_hf")
+    for step in (5, 10):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    found = find_checkpoints(tmp_path)
+    assert found.layout == "global_stepN_hf"
+    assert [step for step, _ in found.checkpoints] == [5, 10]
+
+
+def test_steps_without_their_mark_are_left_out(tmp_path):
+    make(tmp_path, *(f"weights/step_{step}" for step in (1, 2, 3)))
+    (tmp_path / "weights/step_2/STABLE").touch()
+    with pytest.warns(RelexStreamWarning, match=r"left out, because not complete: step_1 \(no S"):
+        found = find_checkpoints(tmp_path)
+    assert [step for step, _ in found.checkpoints] == [2]
+    assert found.unfinished == {1: "no STABLE", 3: "no STABLE"}
+    assert find_checkpoints(tmp_path, steps=parse_steps("2")).unfinished == {}
+    with pytest.raises(SourceError, match=r"not complete: step_1 \(no STABLE\).*; wait for the tr"):
+        find_checkpoints(tmp_path, steps=parse_steps("1,2"))
+    with pytest.raises(SourceError, match=r"no checkpoint is complete; .*step_3 .*--pattern"):
+        find_checkpoints(tmp_path, steps=parse_steps("3:"))
+    assert len(find_checkpoints(tmp_path, "weights/step_{step}").checkpoints) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "mark"), [("step_{}", "STABLE"), ("checkpoint-{}", "trainer_state.json")]
+)
+def test_elsewhere_a_mark_is_asked_for_only_where_another_step_has_it(tmp_path, family, mark):
+    make(tmp_path, *(family.format(step) for step in (1, 2, 3)))
+    assert len(find_checkpoints(tmp_path).checkpoints) == 3
+    for step in (1, 2):
+        (tmp_path / family.format(step) / mark).touch()
+    with pytest.warns(RelexStreamWarning, match=rf"\(no {mark}\)"):
+        assert [step for step, _ in find_checkpoints(tmp_path).checkpoints] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["weights", "broadcasts"])
+def test_prime_rls_directories_always_have_the_mark(tmp_path, name):
+    make(tmp_path, f"{name}/step_1")
+    with pytest.raises(SourceError, match=r"no checkpoint is complete; .*step_1 \(no STABLE\)"):
+        find_checkpoints(tmp_path / name)
+
+
+@pytest.mark.parametrize("family", ["global_step_{}", "iter_{:07d}"])
+def test_steps_behind_the_last_complete_one_are_left_out(tmp_path, family):
+    make(tmp_path, *(family.format(step) for step in (5, 10, 15)))
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("10\n")
+    with pytest.warns(RelexStreamWarning, match=r"15 \(latest_checkpointed_iteration.txt says 10"):
+        assert [step for step, _ in find_checkpoints(tmp_path).checkpoints] == [5, 10]
+    for text in ("15", "release", "", "9" * 30, "ten"):
+        tracker.write_text(text)
+        assert len(find_checkpoints(tmp_path).checkpoints) == 3
+    tracker.write_bytes(b"\xff")
+    assert len(find_checkpoints(tmp_path).checkpoints) == 3
+
+
+def test_a_step_that_is_not_selected_need_not_be_complete(tmp_path):
+    make(tmp_path, "step_1", "step_2")
+    (tmp_path / "step_1/STABLE").touch()
+    assert find_checkpoints(tmp_path, steps=parse_steps("1:1")).unfinished == {}
+
+
+def test_the_source_may_be_named(tmp_path):
+    make(tmp_path, "step_1")
+    write_safetensors(tmp_path / "step_1/shard-00001-model-00001-of-00001.safetensors", TENSORS)
+    assert find_checkpoints(tmp_path).format.name == "safetensors"
+    found = find_checkpoints(tmp_path, source="split-safetensors")
+    assert (found.format.name, found.layout) == ("split-safetensors", "step_N, split safetensors")
+    with pytest.raises(SourceError, match=r"no weights: .* \(looked for \.metadata with \*\.distc"):
+        find_checkpoints(tmp_path, source="dcp")
+    with pytest.raises(
+        OptionError, match="--source zip: there is no such format; choose auto, saf"
+    ):
+        find_checkpoints(tmp_path, source="zip")
+
+
+def test_steps_in_different_formats(tmp_path):
+    make(tmp_path, "step_1")
+    write_safetensors(tmp_path / "step_2/shard-00001-model-00001-of-00001.safetensors", TENSORS)
+    with pytest.raises(
+        SourceError,
+        match=r"step_1 \(safetensors\) but in .*step_2 \(split safetensors\): .*--source",
+    ):
+        find_checkpoints(tmp_path)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 from relex_stream.errors import OptionError, SourceError
@@ -111,3 +116,39 @@ def test_the_bases_own_names_stay_as_they_are():
 
 def test_foreign_names_stay_to_be_complained_of():
     assert Naming(BASE).of(["a", "b"]) == {"a": "a", "b": "b"}
+
+
+TORCHTITAN = Path(__file__).parents[2] / "docs/trainers/torchtitan.md"
+
+QWEN3 = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.0.attention.qkv_linear.wq.weight": "model.layers.0.self_attn.q_proj.weight",
+    "layers.0.attention.qkv_linear.wk.weight": "model.layers.0.self_attn.k_proj.weight",
+    "layers.0.attention.qkv_linear.wv.weight": "model.layers.0.self_attn.v_proj.weight",
+    "layers.0.attention.wo.weight": "model.layers.0.self_attn.o_proj.weight",
+    "layers.0.attention.q_norm.weight": "model.layers.0.self_attn.q_norm.weight",
+    "layers.0.attention.k_norm.weight": "model.layers.0.self_attn.k_norm.weight",
+    "layers.0.feed_forward.w1.weight": "model.layers.0.mlp.gate_proj.weight",
+    "layers.0.feed_forward.w2.weight": "model.layers.0.mlp.down_proj.weight",
+    "layers.0.feed_forward.w3.weight": "model.layers.0.mlp.up_proj.weight",
+    "layers.0.attention_norm.weight": "model.layers.0.input_layernorm.weight",
+    "layers.0.ffn_norm.weight": "model.layers.0.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_torchtitans_names_as_its_page_maps_them(old):
+    command = re.search(r"```sh\n(.*?)```", TORCHTITAN.read_text(), re.S)[1]
+    words = shlex.split(command.replace("\\\n", " "))
+    maps = [after for word, after in itertools.pairwise(words) if word == "--map"]
+    naming = Naming(
+        frozenset(QWEN3.values()),
+        replacements=tuple((pattern, new) for pattern, _, new in (m.rpartition("=") for m in maps)),
+    )
+    names = {
+        key.replace("qkv_linear.", "").replace("lm_head", "output") if old else key: name
+        for key, name in QWEN3.items()
+    }
+    assert naming.of(names) == names

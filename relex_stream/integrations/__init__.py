@@ -1,0 +1,1 @@
+"""What trainers can hold on to; each module needs its trainer, and is imported by its own name."""

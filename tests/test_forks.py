@@ -1,0 +1,104 @@
+"""Runs that were taken up again from an earlier checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+import relex_stream as rs
+from relex_stream.store import Store
+from tests.make_checkpoints import make_trajectory
+from tests.make_stores import build_store
+
+TENSORS = {"a.weight": (40, 30), "b.weight": (64,), "c": (3,)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_trajectory(tmp_path / "run", steps=range(1, 6), tensors=TENSORS)
+
+
+@pytest.fixture
+def other(run, tmp_path):
+    """The same up to step 2, then other weights under the same numbers, and more of them."""
+    other = make_trajectory(
+        tmp_path / "other", steps=range(1, 8), tensors=TENSORS, change_share=0.02
+    )
+    for step in (1, 2):
+        shutil.rmtree(other.directories[step])
+        shutil.copytree(run.directories[step], other.directories[step])
+    return other
+
+
+@pytest.fixture
+def store(run, tmp_path):
+    build_store(run.base, run.checkpoints, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_a_fork_is_refused_with_the_step_it_begins_at(other, store):
+    before = Store(store).head
+    with pytest.raises(rs.TrajectoryError, match=r"step 3 in .*--replace-from 3"):
+        build_store(other.base, other.checkpoints, store)
+    assert Store(store).head == before
+
+
+def test_a_fork_whose_last_common_step_is_gone_from_the_directory(other, store):
+    for step in (4, 5):
+        shutil.rmtree(other.directories[step].parent)
+    with pytest.raises(rs.TrajectoryError, match="--replace-from 3"):
+        build_store(other.base, other.checkpoints, store)
+
+
+def test_the_same_run_goes_on(run, tmp_path):
+    first = [step for step in run.steps if step < 4]
+    build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
+    summary = build_store(run.base, run.checkpoints, tmp_path / "store")
+    assert summary.steps_skipped == tuple(first)
+    assert summary.steps_added == (4, 5)
+
+
+def test_stored_steps_are_replaced(other, store, tmp_path):
+    summary = build_store(other.base, other.checkpoints, store, replace_from=3)
+    assert summary.steps_skipped == (1, 2)
+    assert summary.steps_added == (3, 4, 5, 6, 7)
+    assert rs.verify(store).problems == ()
+    for step, directory in other.directories.items():
+        if step:
+            rs.export(store, tmp_path / f"{step}", step=step)
+            for path in directory.iterdir():
+                assert (tmp_path / f"{step}" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_all_stored_steps_are_replaced(other, store):
+    assert build_store(other.base, other.checkpoints, store, replace_from=1).steps_added == tuple(
+        range(1, 8)
+    )
+
+
+def test_a_replacement_from_too_late_on_is_still_a_fork(other, store):
+    with pytest.raises(rs.TrajectoryError, match="--replace-from 3"):
+        build_store(other.base, other.checkpoints, store, replace_from=5)
+    assert Store(store).steps == (1, 2, 3, 4, 5)
+
+
+def test_nothing_is_taken_back_for_nothing(other, store):
+    with pytest.raises(rs.OptionError, match=r"no steps from there on"):
+        build_store(other.base, other.checkpoints, store, replace_from=3, steps="1:2")
+    assert Store(store).steps == (1, 2, 3, 4, 5)
+
+
+def test_nothing_is_taken_back_for_checkpoints_that_cannot_come_instead(other, store):
+    (other.directories[6] / "model.safetensors").unlink(missing_ok=True)
+    for path in other.directories[6].glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(rs.SourceError):
+        build_store(other.base, other.checkpoints, store, replace_from=3)
+    assert Store(store).steps == (1, 2, 3, 4, 5)
+
+
+def test_replacing_from_beyond_the_last_step_only_appends(run, tmp_path):
+    build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
+    summary = build_store(run.base, run.checkpoints, tmp_path / "store", replace_from=4)
+    assert summary.steps_added == (4, 5)
