@@ -17,8 +17,8 @@ from relex_stream.comparing import BlockComparison, Comparison, compare_step
 from relex_stream.errors import MemoryLimitError, OptionError, SourceError
 from relex_stream.sources import open_checkpoint
 from relex_stream.specs import Box, Piece, SourceCheckpoint, WeightsFile
-from relex_stream.store.read import blob_key
 from relex_stream.store import Store, arrays
+from relex_stream.store.read import blob_key
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 from tests.make_stores import build_store
 

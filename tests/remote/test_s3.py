@@ -24,7 +24,7 @@ from relex_stream.errors import (
 )
 from relex_stream.locations import Url
 from relex_stream.objects import NotAsExpectedError, Objects, objects_at
-from relex_stream.sources import CheckpointReader, find_checkpoints, open_checkpoint
+from relex_stream.sources import CheckpointReader, Naming, find_checkpoints, open_checkpoint
 from relex_stream.store import Store, StoreWriter, arrays, storage
 from relex_stream.store.object_storage import ObjectStorage
 from tests.crash.replay import read_tree, unsynced
@@ -117,10 +117,9 @@ def test_drop_and_append(run, local, store):
     there, here = _objects(store), _files(local)
     head = json.loads(there.pop("HEAD"))
     assert len(head.pop("fence")) == 32
-    del head["crc32c"]
+    assert head["format"] == 2  # the first that has a fence
     before = json.loads(here.pop("HEAD"))
-    del before["crc32c"]
-    assert head == before
+    assert {**head, "format": 1, "crc32c": 0} == {**before, "crc32c": 0}
     assert there == here
 
 
@@ -265,6 +264,27 @@ def test_checkpoints_are_found_and_read(run, bucket, upload):
         reader.verify_unchanged()
         again = pickle.loads(pickle.dumps(reader))
         again.read(place.path, place.offset, buffer)
+
+
+def test_a_store_is_built_from_checkpoints_there(run, local, bucket, upload, tmp_path):
+    base = upload(run.base, bucket / "run" / "base")
+    checkpoints = upload(run.checkpoints, bucket / "run" / "checkpoints")
+    build(base, checkpoints, bucket / "run" / "store", steps="1:12", commit_steps=None)
+    build(base, checkpoints, bucket / "run" / "store", commit_steps=4)
+    assert _objects(bucket / "run" / "store") == _files(local)
+    summary = rs.build_store(str(base), str(checkpoints), tmp_path / "store", steps="1:2")
+    assert summary.steps_added == (1, 2)
+    assert summary.layout == "global_step_N/huggingface"
+    assert rs.verify(tmp_path / "store", base=str(base)).problems == ()
+
+
+def test_other_formats_are_not_read_there(bucket):
+    objects = objects_at(bucket / "checkpoints")
+    objects.put("step_1/.metadata", b"")
+    objects.put("step_1/__0_0.distcp", b"")
+    found = find_checkpoints(bucket / "checkpoints")
+    with pytest.raises(SourceError, match="only whole safetensors are read; copy"):
+        found.open(found.checkpoints[0][1], 1, Naming())
 
 
 def test_a_checkpoint_that_changes_is_refused(run, bucket, upload):
