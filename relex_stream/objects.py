@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ CONNECTIONS = 32
 
 _ONE_PUT_BYTES = 5 << 30
 """Below that S3 takes an object in one request; only such a request takes a condition here."""
+
+_AGAIN_AFTER_S = (0.1, 0.5, 2.0, 0.0)
 
 _INSTALL = {
     "s3": "pip install 'relex-stream[remote]'",
@@ -92,6 +95,9 @@ class Objects:
 
     def get(self, key: str) -> bytes:
         """Return an object."""
+        if self._conditions is not None:
+            # By one request; s3fs's own first asks how large the object is.
+            return self.get_version(key)[0]
         with self._said_of(key):
             data: bytes = self._fs.cat_file(self._path(key))
             return data
@@ -102,6 +108,8 @@ class Objects:
             try:
                 data: bytes = self._fs.cat_file(self._path(key), start=offset, end=offset + nbytes)
                 return data
+            except (FileNotFoundError, PermissionError):
+                raise
             except (OSError, ValueError):
                 # Services refuse ranges behind the end, each with an error of its own.
                 if offset >= self._fs.info(self._path(key), **self._fresh)["size"]:
@@ -282,8 +290,19 @@ class _S3:
             async with answer["Body"] as body:
                 return await body.read(), answer["ETag"]
 
-        found: tuple[bytes, str] = sync(self._fs.loop, read)
-        return found
+        for wait_s in _AGAIN_AFTER_S:
+            # s3fs itself tries again to get an answer, but not to read one that breaks off.
+            try:
+                found: tuple[bytes, str] = sync(self._fs.loop, read)
+            except OSError:
+                raise
+            except Exception:
+                if not wait_s:
+                    raise
+                time.sleep(wait_s)
+            else:
+                return found
+        raise AssertionError
 
     def put(self, path: str, data: bytes, version: str | None) -> str:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}

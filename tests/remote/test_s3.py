@@ -396,6 +396,40 @@ def test_what_the_service_refuses_is_said_in_one_line(bucket, monkeypatch):
     objects = Objects(bucket / "store")
     monkeypatch.setattr(objects._fs, "cat_file", refuse, raising=False)
     with pytest.raises(RemoteError, match="AWS_PROFILE"):
+        objects.get_range("HEAD", 0, 10)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(bucket, monkeypatch):
+    objects = Objects(bucket / "store")
+    objects.put("HEAD", b"data")
+    call = objects._fs._call_s3
+    broken = []
+
+    class Body:
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            pass
+
+        async def read(self):
+            raise RuntimeError("connection lost")
+
+    async def breaks(*arguments, **keywords):
+        answer = await call(*arguments, **keywords)
+        if len(broken) < failures:
+            broken.append(1)
+            answer["Body"].close()
+            return {**answer, "Body": Body()}
+        return answer
+
+    monkeypatch.setattr(objects._fs, "_call_s3", breaks)
+    monkeypatch.setattr(objects_module, "_AGAIN_AFTER_S", (0.01, 0.01, 0))
+    failures = 2
+    assert objects.get("HEAD") == b"data"
+    broken.clear()
+    failures = 3
+    with pytest.raises(RemoteError, match="connection lost; run it again"):
         objects.get("HEAD")
 
 
