@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from relex_stream import api
@@ -12,6 +14,8 @@ from relex_stream.errors import StoreError
 from relex_stream.objects import NotAsExpectedError
 from relex_stream.store import object_storage, storage
 from relex_stream.store.object_storage import ObjectStorage
+from relex_stream.store.reach import Reach
+from relex_stream.store.spool import Spool
 from tests.crash.replay import read_tree, unsynced
 from tests.crash.runs import build, tiny_trajectory
 from tests.make_checkpoints import Trajectory
@@ -127,8 +131,6 @@ def test_a_lock_that_is_held_is_waited_for(run, kept_at):
     client = Client(world)
     kept = client.info
     with pytest.MonkeyPatch.context() as patch:
-        import time
-
         patch.setattr(
             Client, "info", lambda self, key: kept(key)._replace(modified_s=time.time() - 60)
         )
@@ -199,6 +201,46 @@ def test_a_lock_that_was_taken_over_stops_the_writer(kept_at):
         here._seen_held = (b"", 0.0)
         assert not here.is_held_by(lock.holder)
     assert world.objects["LOCK"] == b"another\n"
+
+
+def test_nothing_is_taken_away_by_one_who_slept(kept_at, monkeypatch):
+    """Its clock went on: before it removes anything it looks at whose the lock is."""
+    world = kept_at(World({"HEAD": b"{}"}))
+    here = ObjectStorage(Client(world))
+    with here.lock():
+        world.objects["blobs/" + "0" * 64] = b"left over"
+
+        def sleeps() -> None:
+            world.objects["LOCK"] = b"another\n"
+            now = time.time() + 2000
+            monkeypatch.setattr(object_storage.time, "time", lambda: now)
+
+        with pytest.raises(StoreError, match="took over the lock"):
+            here.sweep(Reach(), sleeps)
+    assert world.objects["blobs/" + "0" * 64] == b"left over"
+
+
+def test_what_came_after_the_fence_is_not_taken_away(kept_at):
+    world = kept_at(
+        World({"HEAD": b"{}", "deltas/a/c.0.0": b"old", "deltas/b/c.0.0": b"committed+"})
+    )
+    here = ObjectStorage(Client(world))
+    reach = Reach(chunks={"deltas/b/c.0.0": 9})
+    for key in chunks:
+        before = dict(world.objects)
+
+        def comes_late(key=key) -> None:
+            world.objects[key] += b" and more"
+
+        with here.lock(), pytest.raises(StoreError, match="another process is writing to"):
+            here.sweep(reach, comes_late)
+        assert world.objects[key] == before[key] + b" and more"
+        world.objects = {**before, "LOCK": b""}
+    with here.lock():
+        here.sweep(reach, lambda: None)
+    assert {k: v for k, v in world.objects.items() if "/c." in k} == {
+        "deltas/b/c.0.0": b"committed"
+    }
 
 
 def test_the_lock_is_put_again_and_again(kept_at, monkeypatch):
@@ -283,3 +325,25 @@ def test_what_is_no_store_is_named(kept_at):
     world.objects["LOCK"] = b""
     with pytest.raises(StoreError, match="its first build never finished"):
         api.info(str(URL))
+
+
+def test_records_are_fetched_once_and_short_ones_are_known():
+    world = World({"commits/a": b"0123456789"})
+    asked = []
+
+    class Counted(Client):
+        def get(self, key):
+            asked.append(key)
+            return super().get(key)
+
+    spool = Spool(ObjectStorage(Counted(world)))
+    spool.fetch(["commits/a", "commits/none"])
+    out = np.zeros(4, np.uint8)
+    assert spool.read_into("commits/a", [(2, out)])
+    assert out.tobytes() == b"2345"
+    assert not spool.read_into("commits/a", [(7, out)])
+    assert spool.size("commits/a") == 10
+    assert spool.read("commits/a") == b"0123456789"
+    assert asked.count("commits/a") == 1
+    with pytest.raises(FileNotFoundError):
+        spool.read("commits/none")

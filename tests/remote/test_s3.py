@@ -14,6 +14,9 @@ import zarr
 
 import relex_stream as rs
 from relex_stream import objects as objects_module
+from relex_stream.base_weights import BaseWeights
+from relex_stream.block_reader import fetch_blocks
+from relex_stream.blocks import BlockOf
 from relex_stream.cli.main import cli
 from relex_stream.errors import (
     CorruptionError,
@@ -23,7 +26,9 @@ from relex_stream.errors import (
     StoreError,
 )
 from relex_stream.locations import Url
+from relex_stream.matching import match_checkpoint
 from relex_stream.objects import NotAsExpectedError, Objects, objects_at
+from relex_stream.source_blocks import SourceBlocks
 from relex_stream.sources import CheckpointReader, Naming, find_checkpoints, open_checkpoint
 from relex_stream.store import Store, StoreWriter, arrays, storage
 from relex_stream.store.object_storage import ObjectStorage
@@ -233,6 +238,19 @@ def test_blocks_are_asked_for_in_advance(store, monkeypatch):
     assert sorted(ranges) == expected
 
 
+def test_frames_are_asked_for_where_the_base_is_in_memory(store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        ObjectStorage, "advise", lambda self, key, offset, nbytes: asked.append(key) or True
+    )
+    storage.storage_at.cache_clear()
+    inside = Store(store)
+    monkeypatch.setattr(BaseWeights, "advise", lambda self, at: False)
+    base = BaseWeights(inside, None, CheckpointReader())
+    fetch_blocks(inside, base, 18, [(BlockOf(inside.tensors["a.weight"], 0),)])
+    assert asked
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -276,6 +294,22 @@ def test_a_store_is_built_from_checkpoints_there(run, local, bucket, upload, tmp
     assert summary.steps_added == (1, 2)
     assert summary.layout == "global_step_N/huggingface"
     assert rs.verify(tmp_path / "store", base=str(base)).problems == ()
+
+
+def test_objects_are_read_one_checkpoint_at_a_time(run, local, bucket, upload):
+    """What the kernel is given of them lies in memory."""
+    url = upload(run.checkpoints, bucket / "checkpoints")
+    tensors = Store(local).manifest.tensors
+    tensor = next(tensor for tensor in tensors if tensor.kind == "tracked")
+    most = {}
+    for directory in (url, run.checkpoints):
+        opened = [
+            open_checkpoint(path, step) for step, path in find_checkpoints(directory).checkpoints
+        ]
+        places = [match_checkpoint(checkpoint, tensors, "") for checkpoint in opened]
+        blocks = SourceBlocks(CheckpointReader(), places)
+        most[directory] = blocks.steps_at_a_time(BlockOf(tensor, 0))
+    assert most[url] == 1 < most[run.checkpoints]
 
 
 def test_other_formats_are_not_read_there(bucket):
@@ -354,6 +388,8 @@ def test_puts_with_conditions(bucket):
     assert objects.get("a") == b"2"
     assert objects.info("a").version == second
     assert objects.listing()["a"].version == second
+    with pytest.raises(NotAsExpectedError):
+        objects.remove_if("a", first)
     objects.remove_if("a", second)
     with pytest.raises(FileNotFoundError):
         objects.get_version("a")
