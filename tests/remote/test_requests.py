@@ -221,9 +221,8 @@ def test_nothing_is_taken_away_by_one_who_slept(kept_at, monkeypatch):
 
 
 def test_what_came_after_the_fence_is_not_taken_away(kept_at):
-    world = kept_at(
-        World({"HEAD": b"{}", "deltas/a/c.0.0": b"old", "deltas/b/c.0.0": b"committed+"})
-    )
+    chunks = {"deltas/a/c.0.0": b"old", "deltas/b/c.0.0": b"committed+"}
+    world = kept_at(World({"HEAD": b"{}"} | chunks))
     here = ObjectStorage(Client(world))
     reach = Reach(chunks={"deltas/b/c.0.0": 9})
     for key in chunks:
