@@ -13,14 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
-from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
+from relex_stream.cast_savings import cast_savings
+from relex_stream.errors import (
+    OptionError,
+    RelexStreamWarning,
+    SourceError,
+    StoreError,
+    TrajectoryError,
+)
 from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
@@ -30,9 +37,10 @@ from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
     CheckpointReader,
-    FoundCheckpoints,
+    FoundRun,
     Naming,
-    find_checkpoints,
+    Phase,
+    find_run,
     open_checkpoint,
     parse_steps,
 )
@@ -48,8 +56,10 @@ from relex_stream.store.records import (
     StoredTensor,
     place_tensors,
 )
-from relex_stream.summaries import BuildSummary, Plan, StagePlan
+from relex_stream.summaries import BuildSummary, CastSavings, Plan, StagePlan
 from relex_stream.warmup import warm_up_encoding
+
+_Place = TypeVar("_Place")
 
 
 def build(
@@ -69,6 +79,8 @@ def build(
     seed: int,
     cast: str | None = None,
     replace_from: int | None = None,
+    step_offset: int = 0,
+    then: Sequence[tuple[Location, int]] = (),
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -93,11 +105,13 @@ def build(
     if scheduler is not None or local_cluster is not None:
         # Workers have working directories of their own.
         base, checkpoints, store = base.absolute(), checkpoints.absolute(), store.absolute()
-    _refuse_overlap(base, checkpoints, store)
+        then = [(path.absolute(), offset) for path, offset in then]
+    _refuse_overlap(base, [checkpoints, *(path for path, _ in then)], store)
     selection = parse_steps(steps) if steps is not None else None
     base_checkpoint = open_checkpoint(base, 0)
     naming = Naming(frozenset(base_checkpoint.tensors), strip_prefix, tuple(map_names))
-    found = find_checkpoints(checkpoints, pattern, selection, source)
+    phases = [Phase(checkpoints, step_offset), *(Phase(*phase) for phase in then)]
+    found = find_run(phases, pattern, selection, source, replace_from, _stored_steps(store))
     with (
         StoreWriter(store) as writer,
         CheckpointReader() as reader,
@@ -179,6 +193,7 @@ def build(
         assert finished is not None
         return _summary(
             finished,
+            savings=cast_savings(finished, places, reader),
             layout=found.layout,
             added=added,
             skipped=skipped,
@@ -188,6 +203,14 @@ def build(
             peak_bytes=executor.peak_bytes(),
             elapsed_s=time.monotonic() - started,
         )
+
+
+def _stored_steps(path: Location) -> tuple[int, ...]:
+    """Return the steps of a store that may be there; whether it is one is for its writer to say."""
+    try:
+        return Store(path).steps
+    except StoreError:
+        return ()
 
 
 def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str | None) -> None:
@@ -203,9 +226,9 @@ def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str |
         machine.wanted_workers(workers)
 
 
-def _refuse_overlap(base: Location, checkpoints: Location, store: Location) -> None:
+def _refuse_overlap(base: Location, checkpoints: Sequence[Location], store: Location) -> None:
     inside = store.resolve()
-    for what, path in (("BASE", base), ("CHECKPOINTS", checkpoints)):
+    for what, path in (("BASE", base), *(("CHECKPOINTS", path) for path in checkpoints)):
         source = path.resolve()
         if inside == source:
             raise OptionError(
@@ -215,9 +238,9 @@ def _refuse_overlap(base: Location, checkpoints: Location, store: Location) -> N
         raise OptionError(f"STORE {store} lies inside BASE {base}; name a place outside it")
 
 
-def _split_found(
-    found: Sequence[tuple[int, Location]], stored: tuple[int, ...]
-) -> tuple[list[tuple[int, Location]], tuple[int, ...]]:
+def split_found(
+    found: Sequence[tuple[int, _Place]], stored: tuple[int, ...]
+) -> tuple[list[tuple[int, _Place]], tuple[int, ...]]:
     """Split what was found into steps to add and steps stored already; warn of what is neither."""
     known = set(stored)
     last = stored[-1] if stored else -1
@@ -244,7 +267,7 @@ OpenStep = Callable[[Location, int], SourceCheckpoint]
 
 def _steps_to_add(
     writer: StoreWriter,
-    found: FoundCheckpoints,
+    found: FoundRun,
     open_step: OpenStep,
     reader: CheckpointReader,
     *,
@@ -261,9 +284,9 @@ def _steps_to_add(
     """
     store = writer.store
     if store is None:
-        return _split_found(found.checkpoints, ())
+        return split_found(found.checkpoints, ())
     kept = tuple(step for step in store.steps if replace_from is None or step < replace_from)
-    todo, skipped = _split_found(found.checkpoints, kept)
+    todo, skipped = split_found(found.checkpoints, kept)
     if todo and skipped:
         again = [(step, path) for step, path in found.checkpoints if step in skipped]
         _refuse_fork(store, again, open_step, reader, cast=cast)
@@ -584,6 +607,7 @@ class _Job:
 def _summary(
     store: Store,
     *,
+    savings: CastSavings | None,
     layout: str,
     added: Sequence[_Added],
     skipped: tuple[int, ...],
@@ -613,6 +637,7 @@ def _summary(
         changed_weights=changed,
         bits_per_changed_weight=8 * frame_bytes / changed if changed else 0.0,
         skipped_files=tuple(sorted({name for place in places for name in place.skipped_files})),
+        cast_savings=savings,
         peak_memory_bytes=peak_bytes,
         elapsed_s=elapsed_s,
         plan=plan,

@@ -20,6 +20,10 @@ class SourceError(RelexStreamError, OSError):
     """A base or checkpoint directory cannot be used as it is (missing, truncated, malformed)."""
 
 
+class HubError(SourceError):
+    """The Hugging Face Hub cannot be reached, or does not give what was asked of it."""
+
+
 class TrajectoryError(RelexStreamError, ValueError):
     """Checkpoints do not belong together (names, shapes, dtypes, values, order of steps)."""
 

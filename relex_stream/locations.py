@@ -51,6 +51,11 @@ class Url:
         """
         match = _URL.fullmatch(text)
         assert match is not None
+        if match[1] == "hf":
+            raise OptionError(
+                f"{text}: only bases and checkpoints may be on the Hugging Face Hub; give another "
+                "place here"
+            )
         path = match[2].rstrip("/")
         if not path or "::" in text or any(part in ("", ".", "..") for part in path.split("/")):
             raise OptionError(f"{text!r} is not a URL of the form s3://bucket/path; write it so")

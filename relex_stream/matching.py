@@ -314,7 +314,7 @@ def _is_cast(
         )
     if not cast:
         raise TrajectoryError(
-            f"step {checkpoint.step}: {found}; give --as bf16, as for the steps before it"
+            f"step {checkpoint.step}: {found}; give --as bf16, as the store was begun"
         )
     return True
 

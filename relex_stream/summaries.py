@@ -90,9 +90,19 @@ class BuildSummary:
     bits_per_changed_weight: float
     skipped_files: tuple[str, ...]
     """Files in checkpoint directories that were left out (optimizer state and the like)."""
+    cast_savings: CastSavings | None
+    """What ``--as bf16`` would save, where checkpoints are F32 over a BF16 base; else None."""
     peak_memory_bytes: int
     elapsed_s: float
     plan: Plan
+
+
+@dataclass(frozen=True)
+class CastSavings:
+    """Bytes of one step's changes in F32, as stored, and about what they would be in BF16."""
+
+    f32_step_bytes: int
+    bf16_step_bytes: int
 
 
 @dataclass(frozen=True)

@@ -102,3 +102,28 @@ def test_replacing_from_beyond_the_last_step_only_appends(run, tmp_path):
     build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
     summary = build_store(run.base, run.checkpoints, tmp_path / "store", replace_from=4)
     assert summary.steps_added == (4, 5)
+
+
+# --- weights that are gone, because the store has them ------------------------------------------
+
+
+def test_stored_steps_whose_weights_are_gone_are_passed_over(run, tmp_path):
+    build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
+    for step in (1, 2, 3):
+        for path in run.directories[step].glob("*.safetensors*"):
+            path.unlink()
+    summary = build_store(run.base, run.checkpoints, tmp_path / "store")
+    assert summary.steps_added == (4, 5)
+    for step in (4, 5):
+        for path in run.directories[step].glob("*.safetensors*"):
+            path.unlink()
+    again = build_store(run.base, run.checkpoints, tmp_path / "store")
+    assert (again.steps_added, again.steps_total) == ((), 5)
+
+
+def test_other_steps_without_weights_are_named(run, tmp_path):
+    build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
+    for path in run.directories[5].glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(rs.SourceError, match="global_step_5: no weights"):
+        build_store(run.base, run.checkpoints, tmp_path / "store")

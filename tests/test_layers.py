@@ -88,6 +88,7 @@ ROOMS = {
     "objects": Room(set(), {"fsspec"}),
     "transfers": Room(pure=True),
     "listing": Room({"objects"}),
+    "urls": Room({"paths"}),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
     "sources": Room(
@@ -150,11 +151,17 @@ ROOMS = {
     "documents": Room({"cards", "mixing", "request", "store", "writer"}),
     "mixing": Room({"fit", "model_writes", "request", "sketch", "store", "subspaces"}, {"numpy"}),
     "grid": Room({"request", "store"}, {"yaml"}),
+    "cast_savings": Room(
+        {"blocks", "matching", "source_blocks", "sources", "store", "ulp"}, {"numpy"}
+    ),
     "forks": Room(
         {"blocks", "matching", "source_blocks", "sources", "store"}, {"numpy"} | CHECKSUM
     ),
     # The stages.
-    "build": Room(BELOW_STAGES | {"forks", "ingest", "matching", "warmup"}, {"numpy"} | CHECKSUM),
+    "build": Room(
+        BELOW_STAGES | {"cast_savings", "forks", "ingest", "matching", "warmup"},
+        {"numpy"} | CHECKSUM,
+    ),
     "hf_files": Room({"sources", "store"}),
     "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
     "analyzing": Room(
@@ -201,6 +208,12 @@ ROOMS = {
         | {"skill", "store_info", "subspaces", "wording"},
         {"matplotlib", "numpy"},
     ),
+    # Checkpoints that come one by one and may go; those of the Hub.
+    "feeds": Room({"build", "store"}),
+    "hub": Room(
+        {"_version", "build", "feeds", "paths", "sources", "store", "urls", "wording"},
+        {"huggingface_hub"},
+    ),
     # For Python callers.
     "opened": Room(BELOW_STAGES, {"numpy", "torch"}),
     "api": Room(
@@ -211,10 +224,12 @@ ROOMS = {
             "build",
             "exporting",
             "grid",
+            "hub",
             "models",
             "reporting",
             "request",
             "store_info",
+            "urls",
             "verification",
             "watch_options",
             "watching",
@@ -228,7 +243,7 @@ ROOMS = {
     # For trainers, which bring their packages; what they need of us runs in another process.
     "integrations": Room({"store"}, {"transformers"}),
     # The only room that prints.
-    "cli": Room({"_version", "api", "demo", "wording"}, {"click", "rich"}),
+    "cli": Room({"_version", "api", "demo", "urls", "wording"}, {"click", "rich"}),
     "__init__": Room({"_version", "api"}),
     "__main__": Room({"cli"}),
 }

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, safe_open
 import relex_stream as rs
 from relex_stream import source_blocks
 from relex_stream.errors import RelexStreamWarning
+from relex_stream.store import Store
 from tests.make_stores import build_store
 from tests.torch_writers.runs import STEPS
 
@@ -204,7 +205,7 @@ def test_f32_is_cast_on_the_way_out(runs, stores, tmp_path):
 
 def test_a_cast_store_is_not_continued_without_the_cast(runs, tmp_path):
     build_store(runs / "base", runs / "fsdp", tmp_path / "store", steps="1", cast="bf16")
-    with pytest.raises(rs.TrajectoryError, match=r"step 2: .*F32.*expected BF16.*--as bf16"):
+    with pytest.raises(rs.TrajectoryError, match=r"F32 .*expected BF16 .*give --as bf16"):
         build_store(runs / "base", runs / "fsdp", tmp_path / "store")
     assert rs.info(tmp_path / "store").steps[-1].step == 1
 
@@ -373,3 +374,30 @@ def weight_in(path, layout):
         entries = [entry for entry in archive.infolist() if "/data/" in entry.filename]
         largest = max(entries, key=lambda entry: entry.file_size)
         return start + data[start:].index(archive.read(largest)) + 1
+
+
+# --- what a cast would save ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "whole_fp32"])
+def test_the_cost_of_f32_is_told(runs, tmp_path, layout):
+    summary = build(runs, layout, tmp_path / "store", commit_steps=1)
+    assert summary.cast_savings is None  # one step was added: nothing to compare it with
+    summary = build_store(
+        runs / "base", runs / layout, tmp_path / "again", block_bytes=512, sketch_min_elements=1
+    )
+    assert summary.cast_savings is not None
+    store = Store(tmp_path / "again")
+    f32 = [t for t in store.manifest.tensors if t.dtype.code == "F32"]
+    columns = [t.first_block + block for t in f32 for block in range(t.blocks)]
+    assert summary.cast_savings.f32_step_bytes == store.frame_bytes[-1, columns].sum()
+    build_store(runs / "base", runs / layout, tmp_path / "cast", cast="bf16", block_bytes=256)
+    cast = int(Store(tmp_path / "cast").frame_bytes[-1].sum())
+    assert summary.cast_savings.bf16_step_bytes == pytest.approx(cast, rel=0.25)
+    assert summary.cast_savings.bf16_step_bytes < summary.cast_savings.f32_step_bytes / 2
+
+
+@pytest.mark.parametrize("options", [{"cast": "bf16"}, {"steps": "1"}])
+def test_no_cost_is_told_where_there_is_nothing_to_tell(runs, tmp_path, options):
+    summary = build_store(runs / "base", runs / "fsdp", tmp_path / "store", **options)
+    assert summary.cast_savings is None

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from relex_stream.locations import Location, Url, local_directory, location
 from relex_stream.specs import Progress
+from relex_stream.urls import is_hub, parse_hub
 
 AnyPath = str | os.PathLike[str] | Url
 """A path of this machine, or as text a URL: ``"s3://bucket/run.store"``."""
@@ -20,7 +21,7 @@ class RunArguments(TypedDict, total=False):
     Attributes
     ----------
     base : path
-        The base's directory, when it has moved.
+        The base's directory, when it has moved, or a URL of the Hugging Face Hub.
     memory_limit, workers
         As in `build_store`.
     overwrite : bool
@@ -53,14 +54,26 @@ class RunArguments(TypedDict, total=False):
     progress: Progress | None
 
 
+def base_directory(base: AnyPath, progress: Progress | None, *, check: bool) -> Location:
+    """Return a base's directory; one on the Hub is fetched into the Hub's cache.
+
+    `check` is whether its checksums are compared with those of the Hub then.
+    """
+    if isinstance(base, Url) or not is_hub(base):
+        return location(base)
+    from relex_stream.hub import fetch_base
+
+    return fetch_base(parse_hub(base), progress, check=check)
+
+
+def base_path(base: AnyPath | None, progress: Progress | None = None) -> Location | None:
+    """Return the directory of a store's base, if it is named. The store knows its checksums."""
+    return None if base is None else base_directory(base, progress, check=False)
+
+
 def optional_path(path: AnyPath | None) -> Path | None:
     """Return a path of this machine, if there is one."""
     return None if path is None else local_directory(path, "the output")
-
-
-def optional_location(place: AnyPath | None) -> Location | None:
-    """Return a path or URL, if there is one."""
-    return None if place is None else location(place)
 
 
 def several(value: Any) -> Sequence[Any]:

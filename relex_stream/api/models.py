@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from relex_stream.api.arguments import AnyPath, RunArguments
+from relex_stream.api.arguments import AnyPath, RunArguments, base_path
 from relex_stream.grid import Entry, jobs_of, read_grid
 from relex_stream.locations import local_directory, location
 from relex_stream.models import RunOptions, make_models
@@ -135,7 +136,7 @@ def extrapolate(
         )
         return [job]
 
-    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def reconstruct(
@@ -201,7 +202,7 @@ def reconstruct(
         )
         return [job]
 
-    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def combine(
@@ -259,7 +260,7 @@ def combine(
         )
         return [job]
 
-    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def sweep(
@@ -303,4 +304,9 @@ def sweep(
     def ask(opened: Store) -> list[Job]:
         return jobs_of(opened, entries)
 
-    return make_models(location(store), local_directory(out, "OUT"), ask, RunOptions(**run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
+
+
+def _options(run: RunArguments) -> RunOptions:
+    options = RunOptions(**run)
+    return replace(options, base=base_path(options.base, options.progress))

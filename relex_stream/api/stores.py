@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from relex_stream.api.arguments import AnyPath, optional_location
+from relex_stream.api.arguments import AnyPath, base_directory, base_path, optional_path
 from relex_stream.build import build
+from relex_stream.errors import OptionError
 from relex_stream.exporting import export_several, export_step
 from relex_stream.locations import local_directory, location
 from relex_stream.opened import OpenStore
@@ -21,6 +23,7 @@ from relex_stream.summaries import (
     StoreInfo,
     VerifySummary,
 )
+from relex_stream.urls import is_hub
 from relex_stream.verification import verify_store
 
 
@@ -41,8 +44,11 @@ def build_store(
     seed: int = 0,
     cast: str | None = None,
     replace_from: int | None = None,
+    step_offset: int = 0,
+    then: Sequence[tuple[AnyPath, int]] = (),
     scheduler: str | os.PathLike[str] | None = None,
     local_cluster: int | None = None,
+    download_dir: AnyPath | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a lossless delta store from checkpoints, or append new ones to it.
@@ -50,10 +56,12 @@ def build_store(
     Parameters
     ----------
     base : path
-        Hugging Face model directory the run began from.
+        Hugging Face model directory the run began from, or ``"hf://org/name[@revision]"``.
     checkpoints : path
         Directory of ``global_step_N/``, ``checkpoint-N/``, ``step_N/`` and the like, or that of the
-        run with it. docs/trainers.md has a table.
+        run with it. docs/trainers.md has a table. Or
+        ``"hf://org/name"``, whose branches, tags or directories are called so: they are fetched
+        one by one, and deleted when they are in the store (docs/hub.md).
     store : path
         The store, made if it is not there. It, base and checkpoints may be URLs of object storage
         (``"s3://bucket/run.store"``); see docs/remote.md. Steps in it already are skipped.
@@ -87,6 +95,11 @@ def build_store(
     replace_from : int, optional
         Take back the stored steps from this one on, and store those of `checkpoints` instead: those
         of a run that was taken up again before it.
+    step_offset : int
+        What is added to the numbers of the steps in `checkpoints`.
+    then : sequence of (path, int)
+        Further directories of checkpoints that continue the run, in order, each with what is added
+        to the numbers of its steps. `steps` and `replace_from` count in the sums.
     scheduler : str or path, optional
         Do the work on a dask.distributed cluster: the address of its scheduler
         (``"tcp://host:8786"``) or the path of its scheduler file. Every machine of it sees base,
@@ -94,6 +107,9 @@ def build_store(
         See docs/clusters.md.
     local_cluster : int, optional
         Do the work in so many processes of this machine, started for it.
+    download_dir : path, optional
+        Where checkpoints of the Hub are until they are in the store, two of them at most; default
+        the store's path with ``.download`` at its end.
 
     Returns
     -------
@@ -103,6 +119,8 @@ def build_store(
     ------
     SourceError, TrajectoryError
         If base or checkpoints cannot be used or do not belong together.
+    HubError
+        If the Hub cannot be reached or does not give what was asked; run it again to go on.
     StoreError
         If the store is locked, damaged or not a store.
     MemoryLimitError, OptionError
@@ -110,25 +128,43 @@ def build_store(
     ClusterError, MissingDependencyError
         If the cluster cannot be reached or does not do the work.
     """
+    options: dict[str, Any] = {
+        "pattern": pattern,
+        "steps": steps,
+        "source": source,
+        "strip_prefix": strip_prefix,
+        "map_names": map_names,
+        "memory_limit": memory_limit,
+        "workers": workers,
+        "include_base": include_base,
+        "allow_nonfinite": allow_nonfinite,
+        "seed": seed,
+        "cast": cast,
+        "replace_from": replace_from,
+        "scheduler": None if scheduler is None else os.fspath(scheduler),
+        "local_cluster": local_cluster,
+        "progress": progress,
+    }
+    if is_hub(checkpoints):
+        from relex_stream.hub import build_from_hub
+
+        if step_offset or then:
+            raise OptionError(
+                "--step-offset and --then are for directories; leave them out with a Hub URL"
+            )
+        through = optional_path(download_dir)
+        return build_from_hub(base, checkpoints, location(store), download_dir=through, **options)
+    if download_dir is not None:
+        raise OptionError("--download-dir is for checkpoints of the Hub; leave it out")
+    directory = base_directory(base, progress, check=True)
+    phases = [(location(path), offset) for path, offset in then]
     return build(
-        location(base),
+        directory,
         location(checkpoints),
         location(store),
-        pattern=pattern,
-        steps=steps,
-        source=source,
-        strip_prefix=strip_prefix,
-        map_names=map_names,
-        memory_limit=memory_limit,
-        workers=workers,
-        include_base=include_base,
-        allow_nonfinite=allow_nonfinite,
-        seed=seed,
-        cast=cast,
-        replace_from=replace_from,
-        scheduler=None if scheduler is None else os.fspath(scheduler),
-        local_cluster=local_cluster,
-        progress=progress,
+        step_offset=step_offset,
+        then=phases,
+        **options,
     )
 
 
@@ -146,7 +182,7 @@ def open_store(path: AnyPath, *, base: AnyPath | None = None) -> OpenStore:
     StoreError
         If there is no store of a known format.
     """
-    return OpenStore(location(path), optional_location(base))
+    return OpenStore(location(path), base_path(base))
 
 
 def export(
@@ -195,7 +231,7 @@ def export(
         step=step,
         file_format=file_format,
         cast=cast,
-        base=optional_location(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -239,7 +275,7 @@ def export_steps(
         steps=steps,
         file_format=file_format,
         cast=cast,
-        base=optional_location(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -286,7 +322,7 @@ def verify(
     """
     return verify_store(
         location(store),
-        base=optional_location(base),
+        base=base_path(base, progress),
         workers=workers,
         progress=progress,
     )

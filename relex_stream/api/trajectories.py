@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from relex_stream.analyzing import analyze_store
-from relex_stream.api.arguments import AnyPath, optional_location, optional_path, several
+from relex_stream.api.arguments import AnyPath, base_path, optional_path, several
 from relex_stream.backtesting import ANCHORS_TESTED, DAMPINGS_TESTED, Grid, backtest_store
 from relex_stream.locations import local_directory, location
 from relex_stream.specs import Progress
@@ -63,7 +63,7 @@ def analyze(
         fit=fit,
         window=window,
         exact=exact,
-        base=optional_location(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -135,7 +135,7 @@ def backtest(
         location(store),
         grid,
         exact=exact,
-        base=optional_location(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,
@@ -228,7 +228,7 @@ def report(
         window=window,
         exact=exact,
         title=title,
-        base=optional_location(base),
+        base=base_path(base, progress),
         memory_limit=memory_limit,
         workers=workers,
         progress=progress,

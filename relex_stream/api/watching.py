@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from relex_stream.api.arguments import AnyPath
+from relex_stream.api.arguments import AnyPath, base_directory
 from relex_stream.errors import OptionError
-from relex_stream.locations import Url, location
+from relex_stream.locations import Location, Url, location
 from relex_stream.specs import Progress
 from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_options import WatchOptions
@@ -134,9 +134,9 @@ def watch(
         dry_run=dry_run,
     )
     return Watch(
-        _here(base),
-        _here(checkpoints),
-        _here(store),
+        _here(base_directory(base, progress, check=True)),
+        _here(location(checkpoints)),
+        _here(location(store)),
         options=options,
         build_options={
             "pattern": pattern,
@@ -160,11 +160,10 @@ def _say_nothing(_: WatchEvent) -> None:
     pass
 
 
-def _here(place: AnyPath) -> Path:
-    found = location(place)
-    if isinstance(found, Url):
+def _here(place: Location) -> Path:
+    if isinstance(place, Url):
         raise OptionError(
-            f"{found}: watch works on directories of this machine; append to stores on object "
+            f"{place}: watch works on directories of this machine; append to stores on object "
             "storage with build-store"
         )
-    return found
+    return place

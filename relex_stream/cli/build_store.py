@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command("build-store")
-@click.argument("base", type=options.PLACE)
-@click.argument("checkpoints", type=options.PLACE)
+@click.argument("base", type=options.PATH_OR_URL)
+@click.argument("checkpoints", type=options.PATH_OR_URL)
 @options.store_argument
 @options.pattern
 @options.steps
@@ -38,13 +39,35 @@ if TYPE_CHECKING:
     help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
     "was taken up again.",
 )
+@click.option(
+    "--step-offset",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="What is added to the numbers of the steps in CHECKPOINTS.",
+)
+@click.option(
+    "--then",
+    type=(options.PLACE, click.IntRange(min=0)),
+    multiple=True,
+    metavar="DIR OFFSET",
+    help="Another directory of checkpoints, which continues the run, and what is added to the "
+    "numbers of its steps. May be given several times.",
+)
+@click.option(
+    "--download-dir",
+    type=options.PATH,
+    metavar="DIRECTORY",
+    help="Where checkpoints of the Hub are until they are in the store, two at most.  [default: "
+    "STORE.download]",
+)
 @options.cluster
 @options.common
 @click.pass_obj
 def command(
     session: Session,
-    base: Location,
-    checkpoints: Location,
+    base: Location | str,
+    checkpoints: Location | str,
     store: Location,
     *,
     pattern: str | None,
@@ -59,6 +82,9 @@ def command(
     seed: int,
     cast: str | None,
     replace_from: int | None,
+    step_offset: int,
+    then: tuple[tuple[Location, int], ...],
+    download_dir: Path | None,
     scheduler: str | None,
     local_cluster: int | None,
 ) -> None:
@@ -67,7 +93,11 @@ def command(
     BASE is the directory of the model at step 0, CHECKPOINTS the directory that holds one
     directory per checkpoint. If STORE exists, steps it does not hold yet are appended to it.
     Steps are committed in groups of 16 or more: what an interrupted run has committed stays.
-    Each of the three may be a URL of object storage, like s3://bucket/run.store.
+
+    Each of the three may be a URL of object storage, like s3://bucket/run.store. BASE and
+    CHECKPOINTS may be on the Hugging Face Hub: hf://org/name, perhaps with @revision and
+    /directory. Checkpoints there are branches, tags or directories; they are fetched one by one,
+    committed one by one, and deleted when they are in the store.
     """
     from relex_stream.api import build_store
 
@@ -88,8 +118,11 @@ def command(
             seed=seed,
             cast=cast,
             replace_from=replace_from,
+            step_offset=step_offset,
+            then=then,
             scheduler=scheduler,
             local_cluster=local_cluster,
+            download_dir=download_dir,
             progress=progress,
         )
     session.finish(summary, describe(summary, verbose=session.verbose))
@@ -115,6 +148,12 @@ def describe(summary: BuildSummary, *, verbose: bool) -> list[str]:
         rows["ratio"] = wording.format_ratio(summary.ratio)
         rows["changed weights"] = f"{summary.changed_weights:,}"
         rows["bits per changed weight"] = wording.format_figure(summary.bits_per_changed_weight, 2)
+    if summary.cast_savings is not None:
+        wide, narrow = summary.cast_savings.f32_step_bytes, summary.cast_savings.bf16_step_bytes
+        rows["F32 weights"] = (
+            f"{wording.format_bytes(wide)} a step; in BF16 (--as bf16) about "
+            f"{wording.format_bytes(narrow)}"
+        )
     rows["peak memory"] = wording.format_bytes(summary.peak_memory_bytes)
     rows["elapsed"] = wording.format_duration(summary.elapsed_s)
     lines = wording.pairs(rows)

@@ -52,7 +52,7 @@ def command(
     steps: str | None,
     file_format: str | None,
     cast: str | None,
-    base: Location | None,
+    base: Location | str | None,
     memory_limit: int | None,
     workers: int | None,
 ) -> None:

@@ -14,6 +14,7 @@ import click
 from relex_stream.cli.session import Session
 from relex_stream.errors import OptionError
 from relex_stream.locations import local_directory, location
+from relex_stream.urls import is_hub
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -114,16 +115,27 @@ class NumberOr(click.ParamType[int | None]):
 
 
 class _Place(click.Path):
-    """A path or URL as it is: whether it exists is for the library to say, in one wording."""
+    """A path or URL as it is: whether it exists is for the library to say, in one wording.
 
-    def __init__(self, *, local: bool) -> None:
+    Parameters
+    ----------
+    urls : {"none", "objects", "all"}
+        Which URLs may be given: none, those of object storage, or those of the Hub too, which stay
+        text.
+    """
+
+    def __init__(self, urls: str) -> None:
         super().__init__(path_type=Path)
-        self._local = local
+        self._urls = urls
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a path, or a URL where there may be one."""
+        if is_hub(str(value)) and self._urls != "objects":
+            if self._urls == "all":
+                return value
+            self.fail(f"{value} is on the Hub; give a directory here", param, ctx)
         try:
-            if not self._local:
+            if self._urls != "none":
                 return location(value)
             what = param.make_metavar(ctx) if param is not None and ctx is not None else "path"
             return local_directory(value, what)
@@ -131,11 +143,14 @@ class _Place(click.Path):
             self.fail(str(error), param, ctx)
 
 
-PATH = _Place(local=True)
-"""What is written: a path of this machine."""
+PATH = _Place("none")
+"""What is written, and other files: a path of this machine."""
 
-PLACE = _Place(local=False)
-"""What is read, and stores: a path, or a URL of object storage."""
+PLACE = _Place("objects")
+"""A store: a path, or a URL of object storage."""
+
+PATH_OR_URL = _Place("all")
+"""What is read: a path, a URL of object storage, or one of the Hugging Face Hub."""
 
 
 class NameMap(click.ParamType[tuple[str, str]]):
@@ -203,9 +218,10 @@ store_argument = click.argument("store", type=PLACE)
 
 base = click.option(
     "--base",
-    type=PLACE,
+    type=PATH_OR_URL,
     metavar="DIRECTORY",
-    help="Where the base model is now, if not where the store says; may be a URL.",
+    help="Where the base model is now, if not where the store says; may be a URL: "
+    "s3://bucket/path, or hf://org/name on the Hugging Face Hub.",
 )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @options.common
 @click.pass_context
 def command(
-    ctx: click.Context, store: Location, *, base: Location | None, workers: int | None
+    ctx: click.Context, store: Location, *, base: Location | str | None, workers: int | None
 ) -> None:
     """Check every committed byte of STORE against its checksums.
 

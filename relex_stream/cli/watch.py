@@ -27,7 +27,7 @@ SECONDS = click.FloatRange(min=0)
 
 
 @click.command("watch")
-@click.argument("base", type=options.PATH)
+@click.argument("base", type=options.PATH_OR_URL)
 @click.argument("checkpoints", type=options.PATH)
 @options.store_argument
 @options.pattern
@@ -115,7 +115,7 @@ SECONDS = click.FloatRange(min=0)
 def command(
     ctx: click.Context,
     /,
-    base: Path,
+    base: Path | str,
     checkpoints: Path,
     store: Path,
     *,

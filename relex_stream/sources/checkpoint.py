@@ -158,7 +158,7 @@ def _find_shards(directory: Location, names: list[str]) -> dict[str, str] | None
             f"{directory}: no safetensors weights: looked for {SINGLE_FILE} and {INDEX_FILE}, "
             f"found {found}; {remedy}"
         )
-    shards = _read_index(directory / INDEX_FILE)
+    shards = read_index(directory / INDEX_FILE)
     missing = [shard for shard in sorted(set(shards.values())) if not is_file(directory / shard)]
     if missing and single:
         return None
@@ -179,8 +179,14 @@ def _find_shards(directory: Location, names: list[str]) -> dict[str, str] | None
     return shards
 
 
-def _read_index(path: Location) -> dict[str, str]:
-    """Return the weight map of an index file: tensor names to names of files, existing or not."""
+def read_index(path: Location) -> dict[str, str]:
+    """Return the weight map of an index file: tensor names to names of files, existing or not.
+
+    Raises
+    ------
+    SourceError
+        If it is not a regular file, is malformed, or names a file that is not beside it.
+    """
     try:
         status = file_status(path)
         if not status.is_regular or status.size > MAX_HEADER_BYTES:
@@ -246,7 +252,7 @@ def sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], 
             continue
         if not status.is_regular:
             continue
-        if status.size > MAX_SIDE_FILE_BYTES or _is_skipped(name):
+        if not is_kept(name, status.size):
             skipped_files.append(name)
             continue
         try:
@@ -256,6 +262,13 @@ def sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], 
     return tuple(side_files), tuple(skipped_files)
 
 
-def _is_skipped(path: str) -> bool:
-    """Return whether one of the names in a relative path is that of a file to skip."""
-    return any(_SKIPPED_PATTERN.fullmatch(name) for name in path.lower().split("/"))
+def is_kept(path: str, nbytes: int) -> bool:
+    """Return whether a file beside the weights is kept, by its relative path and size in bytes.
+
+    Examples
+    --------
+    >>> is_kept("config.json", 700), is_kept("optimizer.pt", 700), is_kept("log.txt", 1 << 30)
+    (True, False, False)
+    """
+    names = path.lower().split("/")
+    return nbytes <= MAX_SIDE_FILE_BYTES and not any(map(_SKIPPED_PATTERN.fullmatch, names))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..errors import OptionError, RelexStreamWarning, SourceError
 from ..listing import is_directory, list_names
@@ -19,6 +19,8 @@ from .formats import FORMATS, Format
 from .naming import Naming
 from .recognised import recognise_inside
 from .steps import StepSelection
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def find_checkpoints(
     pattern: str | None = None,
     steps: StepSelection | None = None,
     source: str = "auto",
+    may_lack: Collection[int] = (),
 ) -> FoundCheckpoints:
     """Find the checkpoints of a run, the directory of each one's weights, and their format.
 
@@ -83,11 +86,14 @@ def find_checkpoints(
         Which steps to use; all if not given. Directories of other steps are not looked into.
     source : str
         The name of a format: no other is looked for. ``auto`` for all.
+    may_lack : collection of int
+        Steps that are left out without a word where no weights are left of them: the store has
+        them.
 
     Returns
     -------
     FoundCheckpoints
-        At least one checkpoint.
+        At least one checkpoint, but for what `may_lack` leaves out.
 
     Raises
     ------
@@ -129,7 +135,7 @@ def find_checkpoints(
             RelexStreamWarning,
             stacklevel=2,
         )
-    selected = _select(directory, by_step, steps)
+    selected = select_steps(directory, by_step, steps)
     unfinished = {step: reason for step, reason in unfinished.items() if step in selected}
     if unfinished:
         explicit = steps.explicit if steps is not None else ()
@@ -138,6 +144,13 @@ def find_checkpoints(
         )
         selected = {step: path for step, path in selected.items() if step not in unfinished}
     layout = pattern.strip("/").replace("{step}", "N")
+    selected = {
+        step: path
+        for step, path in selected.items()
+        if step not in may_lack or _held(path, formats) is not None
+    }
+    if not selected:
+        return FoundCheckpoints(layout, formats[0], (), unfinished)
     chosen, inside = _find_weights(selected, formats)
     if inside != ".":
         layout = f"{layout}/{inside}"
@@ -313,6 +326,37 @@ def _compile_pattern(pattern: str) -> list[re.Pattern[str]]:
     return parts
 
 
+def step_finder(pattern: str) -> Callable[[str], int | None]:
+    """Return what finds the step in a path that matches a pattern, and None in all others.
+
+    For paths that are text only, such as names of branches; `find_checkpoints` says what a pattern
+    may hold.
+
+    Raises
+    ------
+    OptionError
+        If the pattern is malformed.
+
+    Examples
+    --------
+    >>> step_of = step_finder("runs/*-step{step}")
+    >>> step_of("runs/a-step0040"), step_of("runs/a-step40/x"), step_of("runs/a-step")
+    (40, None, None)
+    """
+    parts = _compile_pattern(pattern)
+
+    def step_of(path: str) -> int | None:
+        names = path.split("/")
+        if len(names) != len(parts):
+            return None
+        matches = [part.fullmatch(name) for part, name in zip(parts, names, strict=True)]
+        # Exactly one part has a group.
+        steps = [int(match[1]) for match in matches if match is not None and match.re.groups]
+        return steps[0] if all(matches) else None
+
+    return step_of
+
+
 def _match(
     directory: Location, parts: list[re.Pattern[str]], step: int = 0
 ) -> Iterable[tuple[int, Location]]:
@@ -343,23 +387,38 @@ def _by_step(directory: Location, matches: list[tuple[int, Location]]) -> dict[i
     return by_step
 
 
-def _select(
-    directory: Location, by_step: dict[int, Location], steps: StepSelection | None
-) -> dict[int, Location]:
-    """Return the steps that are selected; explicit ones must be there."""
+def select_steps(
+    where: object, by_step: Mapping[int, _Found], steps: StepSelection | None
+) -> dict[int, _Found]:
+    """Return what was found of the steps that are selected, at least one.
+
+    Parameters
+    ----------
+    where : object
+        What was searched, as a message names it.
+    by_step : mapping
+        What was found, by step, ascending.
+    steps : StepSelection, optional
+        All if not given.
+
+    Raises
+    ------
+    SourceError
+        If a step that is listed explicitly is not there, or none is selected.
+    """
     there = f"steps there: {_summarise(list(by_step))}"
     if steps is None:
-        selected = by_step
+        selected = dict(by_step)
     else:
         missing = [step for step in steps.explicit if step not in by_step]
         if missing:
             plural = "s" if len(missing) > 1 else ""
             raise SourceError(
-                f"{directory}: no checkpoint of step{plural} {_summarise(missing)}; {there}"
+                f"{where}: no checkpoint of step{plural} {_summarise(missing)}; {there}"
             )
-        selected = {step: path for step, path in by_step.items() if steps.selects(step)}
+        selected = {step: found for step, found in by_step.items() if steps.selects(step)}
     if not selected:
-        raise SourceError(f"{directory}: no step is selected; {there}")
+        raise SourceError(f"{where}: no step is selected; {there}")
     return selected
 
 
@@ -405,13 +464,27 @@ def _held(path: Location, formats: Sequence[Format]) -> tuple[Format, str] | Non
     return None
 
 
+def _other_format(path: Location) -> tuple[str, str] | None:
+    """Say what weights a step has in a format that was not asked for, and what to do."""
+    held = _held(path, FORMATS)
+    if held is None:
+        return None
+    format_, inside = held
+    return f"{format_.title} in {inside}", f"choose --source {format_.name} or auto"
+
+
 def _no_weights(path: Location, formats: Sequence[Format]) -> SourceError:
     """Say what was looked for and what is there: other weights, if there are any."""
-    looked = "; ".join(
-        f"{format_.looked_for} in {', '.join(format_.places)}" for format_ in formats
+    looked = "; ".join(format_.looked_for for format_ in formats)
+    found, remedy = (
+        _other_format(path)
+        or recognise_inside(path)
+        or (
+            summarise(list_names(path)),
+            "save the checkpoint with weights, or say with --pattern where they are",
+        )
     )
-    found, remedy = recognise_inside(path) or (
-        summarise(list_names(path)),
-        "save the checkpoint with weights, or say with --pattern where they are",
+    return SourceError(
+        f"{path}: no weights: found {found}; {remedy} (looked for {looked}; there and where "
+        "trainers put them)"
     )
-    return SourceError(f"{path}: no weights: found {found}; {remedy} (looked for {looked})")

@@ -85,6 +85,11 @@ def recognise_weights(directory: Location) -> tuple[str, str] | None:
     names = list_names(directory) if is_directory(directory) else []
     if is_megatron(directory, names):
         return f"a Megatron distributed checkpoint ({summarise(names)})", _MEGATRON
+    return recognise_names(names)
+
+
+def recognise_names(names: list[str]) -> tuple[str, str] | None:
+    """Recognise weights by the names in a directory alone, as above."""
     for other in _OTHERS:
         matches = fnmatch.filter(names, other.pattern)
         if matches:

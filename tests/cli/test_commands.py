@@ -22,7 +22,9 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
         *("--include-base", "--allow-nonfinite", "--seed", "7", "--as", "bf16"),
         *("--replace-from", "40", "--source", "dcp", "--strip-prefix", "app.model."),
         *("--map", "^a=b", "--map", "c=d=e"),
+        *("--step-offset", "3", "--then", "second", "200", "--then", "third", "300"),
         *("--scheduler", "tcp://host:8786", "--local-cluster", "4"),
+        *("--download-dir", "through"),
     )
     assert result.exit_code == 0, result.stderr
     assert api.calls == [
@@ -44,11 +46,27 @@ def test_build_store_passes_every_option(api: FakeApi, run: Run) -> None:
                 "source": "dcp",
                 "strip_prefix": "app.model.",
                 "map_names": (("^a", "b"), ("c=d", "e")),
+                "step_offset": 3,
+                "then": ((Path("second"), 200), (Path("third"), 300)),
                 "scheduler": "tcp://host:8786",
                 "local_cluster": 4,
+                "download_dir": Path("through"),
             },
         )
     ]
+
+
+def test_places_on_the_hub_stay_text(api: FakeApi, run: Run) -> None:
+    run("build-store", "hf://org/base@v1", "hf://org/run", "run.store")
+    run("verify", "run.store", "--base", "hf://org/base")
+    run("watch", "hf://org/base", "checkpoints", "run.store")
+    arguments = [call[1] for call in api.calls]
+    assert [arguments[0][name] for name in ("base", "checkpoints", "store")] == [
+        "hf://org/base@v1",
+        "hf://org/run",
+        Path("run.store"),
+    ]
+    assert arguments[1]["base"] == arguments[2]["base"] == "hf://org/base"
 
 
 RUN = (

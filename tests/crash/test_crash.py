@@ -128,7 +128,7 @@ def append_then_another(root: Path) -> Scenario:
     """An append dies; the run goes on from an earlier checkpoint and other steps follow."""
     run = tiny_trajectory(root, range(1, 19))
     other = tiny_trajectory(root / "other", range(1, 17), change_share=0.02)
-    another = [lambda s: build(other.base, other.checkpoints, s)]
+    another = [lambda s: build(other.base, other.checkpoints, s, steps="15:")]
     return Scenario(
         [lambda s: build(run.base, run.checkpoints, s, steps="1:14", commit_steps=None)],
         [lambda s: build(run.base, run.checkpoints, s)],
@@ -147,7 +147,7 @@ def drop_then_append(root: Path) -> Scenario:
         api.drop(store, after=5)
 
     def append(store: Path) -> None:
-        build(other.base, other.checkpoints, store)
+        build(other.base, other.checkpoints, store, steps="6:")
 
     return Scenario(
         [lambda s: build(run.base, run.checkpoints, s, commit_steps=None)],

@@ -111,8 +111,8 @@ def soak(root: Path, *, steps: int, kills: int, pause_s: float, seed: int) -> No
             told += [json.loads(line) for line in lines if line]
             time.sleep(rng.uniform(0, 0.15))
             process.kill()
-            out, _ = process.communicate()
-            told += [json.loads(line) for line in out.splitlines() if line.endswith("}")]
+            # Not by communicate(), which forgets what was read ahead of the lines above.
+            told += [json.loads(line) for line in process.stdout if line.endswith("}\n")]
     trainer.join()
     with start(made, checkpoints, store, "--until", str(steps)) as process:
         out, err = process.communicate(timeout=300)

@@ -97,7 +97,7 @@ def test_no_weights(tmp_path):
     with pytest.raises(
         SourceError,
         match=r"global_step_2: no weights: found actor; save .* \(looked for model.safetensors or "
-        r"model.safetensors.index.json in ., huggingface, actor/huggingface, .*; shard-\*",
+        r"model.safetensors.index.json; shard-\*.*; \.metadata with \*\.distcp; there and where",
     ):
         find_checkpoints(tmp_path)
     (actor / "model.pt").write_bytes(b"")
@@ -409,7 +409,11 @@ def test_the_source_may_be_named(tmp_path):
     assert find_checkpoints(tmp_path).format.name == "safetensors"
     found = find_checkpoints(tmp_path, source="split-safetensors")
     assert (found.format.name, found.layout) == ("split-safetensors", "step_N, split safetensors")
-    with pytest.raises(SourceError, match=r"no weights: .* \(looked for \.metadata with \*\.distc"):
+    with pytest.raises(
+        SourceError,
+        match=r"no weights: found safetensors in \.; choose --source safetensors or auto "
+        r"\(looked for \.metadata with \*\.distc",
+    ):
         find_checkpoints(tmp_path, source="dcp")
     with pytest.raises(
         OptionError, match="--source zip: there is no such format; choose auto, saf"

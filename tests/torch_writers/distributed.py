@@ -7,10 +7,8 @@ no test process has a process group or imports torch for it.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.make_checkpoints import SIDE_FILES
 from tests.torch_writers.lies import LIES
+from tests.torch_writers.ranks import on_ranks
 
 
 class Layers(nn.Module):
@@ -275,35 +274,7 @@ def main(out: Path) -> None:
     for world, write in RUNS:
         path = out / write.__name__
         path.mkdir()
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                os._exit(_rank(world, rank, write, path))
-            children.append(child)
-        failed = [child for child in children if os.waitpid(child, 0)[1]]
-        if failed:
-            raise SystemExit(f"{write.__name__}: a rank failed")
-    read_again(out)
-    tell_lies(out)
-
-
-def _rank(world: int, rank: int, write: Callable[[Path], None], path: Path) -> int:
-    try:
-        torch.set_num_threads(1)
-        # accelerate wants these, though there is a process group already.
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        dist.init_process_group(
-            "gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=world
-        )
-        write(path)
-        dist.barrier()
-        dist.destroy_process_group()
-    except Exception:  # noqa: BLE001 - the parent is told by the exit status
-        traceback.print_exc()
-        return 1
-    return 0
+        on_ranks(world, write, path)
 
 
 if __name__ == "__main__":

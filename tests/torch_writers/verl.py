@@ -8,9 +8,7 @@ through ``torch.save``, one file per rank, with the other files beside it.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.make_checkpoints import SIDE_FILES
 from tests.torch_writers.distributed import Model, write_base
+from tests.torch_writers.ranks import on_ranks
 
 
 def save_step(actor: Path, state: dict, world: int, rank: int, version: int = 2) -> None:
@@ -153,29 +152,7 @@ def main(out: Path) -> None:
         write_base(out / f"whole_{name}", Model(1, dtype))
     write_base(out / "base", Model(0, torch.float32))
     for world, write in WORLDS:
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                os._exit(_rank(world, rank, write, out))
-            children.append(child)
-        failed = [child for child in children if os.waitpid(child, 0)[1]]
-        if failed:
-            raise SystemExit(f"{write.__name__}: a rank failed")
-
-
-def _rank(world: int, rank: int, write: Callable[[Path], None], out: Path) -> int:
-    try:
-        torch.set_num_threads(1)
-        rendezvous = f"file://{out}/rendezvous_{world}"
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-        write(out)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 (of a child process: all that is left is to say so)
-        traceback.print_exc()
-        return 1
-    return 0
+        on_ranks(world, write, out)
 
 
 if __name__ == "__main__":
