@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from relex_stream.fit import Fit
 from relex_stream.grams import GramReader, GramSum, TensorGram, is_estimated
 from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.grouping import group_name
+from relex_stream.locations import Location
 from relex_stream.request import history_of
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
@@ -136,14 +136,14 @@ class Analysis:
 
 
 def analyze_store(
-    store_path: Path,
+    store_path: Location,
     *,
     history_steps: int | None,
     rank: int,
     fit: str,
     window: int | None,
     exact: bool,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,

@@ -10,7 +10,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from relex_stream.errors import RelexStreamWarning, SourceError
 from relex_stream.sources import Naming, StepSelection, find_checkpoints, list_steps
@@ -109,7 +109,7 @@ class Arrivals:
         for gone in self._seen.keys() - found.directories.keys():
             del self._seen[gone]
         self._unfinished = found.unfinished
-        return found.directories
+        return cast(dict[int, Path], found.directories)  # below a Path
 
     def look(self, step: int, directory: Path, now: Moment) -> Arrival:
         """Say how far a checkpoint is."""

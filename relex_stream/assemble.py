@@ -101,7 +101,7 @@ class Assembly:
         for part in parts:
             if part.blob is not None:
                 self._literals.append(_Literal(path, offset, part.blob))
-                offset += self._store.blob_path(part.blob).stat().st_size
+                offset += self._store.blob_size(part.blob)
             elif part.nbytes is not None:
                 if entry.blob is None:
                     raise CorruptionError(f"the recipe of {entry.path} has bytes of no blob")

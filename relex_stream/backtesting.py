@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from relex_stream.fit import Fit
 from relex_stream.grams import GramReader, GramSum, TensorGram, is_estimated
 from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.grouping import group_name
+from relex_stream.locations import Location
 from relex_stream.methods import ANCHORS, AUTO
 from relex_stream.skill import (
     HORIZONS,
@@ -177,11 +177,11 @@ class Backtesting:
 
 
 def backtest_store(
-    store_path: Path,
+    store_path: Location,
     grid: Grid,
     *,
     exact: bool,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,

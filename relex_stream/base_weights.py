@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -15,10 +13,13 @@ from numpy.typing import NDArray
 from relex_stream.blocks import BlockOf, Blocks, Workspace, base_bits_dtype, frame_tools
 from relex_stream.checksum import extend_each
 from relex_stream.errors import CorruptionError, SourceError
+from relex_stream.listing import is_directory
+from relex_stream.locations import Location, Url, joined, location
 from relex_stream.sources import CheckpointReader, open_checkpoint
 from relex_stream.specs import SourceCheckpoint, TensorPlace, joined_pieces
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
+from relex_stream.transfers import READING_BYTES
 from relex_stream.ulp import Bits, advance
 
 
@@ -64,7 +65,7 @@ class BaseWeights:
 
     def __setstate__(self, state: tuple[Store | None, str | None, CheckpointReader]) -> None:
         store, directory, reader = state
-        checkpoint = open_checkpoint(Path(directory), 0) if directory is not None else None
+        checkpoint = open_checkpoint(location(directory), 0) if directory is not None else None
         self.__init__(store, checkpoint, reader)  # type: ignore[misc]
 
     def read(self, at: Blocks, workspace: Workspace) -> tuple[Bits, NDArray[np.uint32]]:
@@ -173,16 +174,25 @@ class BaseWeights:
         advance(out, changes.positions, changes.zigzags, changes.count)
 
 
-def base_directory(store: Store, base: Path | None) -> Path | None:
+def base_directory(store: Store, base: Location | None) -> Location | None:
     """Return where the base is read from: `base` if given, None if in the store, else the hint."""
     if base is not None:
         return base
     if store.manifest.base_included:
         return None
-    return Path(os.path.normpath(store.path / store.manifest.base_hint))
+    return joined(store.path, store.manifest.base_hint)
 
 
-def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> BaseWeights:
+def transfer_bytes(store: Store, base: Location | None) -> int:
+    """Return what requests to object storage hold in memory, at most, to read store and base.
+
+    0 where both are on this machine; `base` as in `base_directory`.
+    """
+    from_url = isinstance(base_directory(store, base), Url)
+    return store.storage.reading_bytes + (READING_BYTES if from_url else 0)
+
+
+def open_base(store: Store, base: Location | None, reader: CheckpointReader) -> BaseWeights:
     """Return the base of a store: at `base` if given, else in the store, else where it was.
 
     Raises
@@ -193,7 +203,7 @@ def open_base(store: Store, base: Path | None, reader: CheckpointReader) -> Base
     directory = base_directory(store, base)
     if directory is None:
         return BaseWeights(store, None, reader)
-    if not directory.is_dir():
+    if not is_directory(directory):
         origin = (
             "given with --base" if base is not None else "where it was when the store was built"
         )

@@ -60,9 +60,11 @@ def fetch_blocks(
     """Ask the system for what will be read of tasks: the base, and frames of the first `rows`."""
     first, *rest = [at for task in tasks for at in task]
     # Where the first is in memory the others are too, most often, and there may be very many.
-    if base.advise(first):
+    absent = base.advise(first)
+    if absent:
         for at in rest:
             base.advise(at)
+    if absent or not store.storage.is_local:
         for at in (first, *rest):
             store.advise(at.tensor, at.block, rows)
 

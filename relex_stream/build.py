@@ -6,7 +6,6 @@ are on the disk is it committed.
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,8 @@ from relex_stream.errors import (
 from relex_stream.forks import is_stored
 from relex_stream.graph import Executor, grouped, open_executor
 from relex_stream.ingest import Ingest, TensorResult
+from relex_stream.listing import read_file
+from relex_stream.locations import Location, lies_in, location, relative_to
 from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files, match_checkpoint
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
@@ -62,9 +63,9 @@ _Place = TypeVar("_Place")
 
 
 def build(
-    base: Path,
-    checkpoints: Path,
-    store: Path,
+    base: Location,
+    checkpoints: Location,
+    store: Location,
     *,
     pattern: str | None,
     steps: str | None,
@@ -79,7 +80,7 @@ def build(
     cast: str | None = None,
     replace_from: int | None = None,
     step_offset: int = 0,
-    then: Sequence[tuple[Path, int]] = (),
+    then: Sequence[tuple[Location, int]] = (),
     scheduler: str | None = None,
     local_cluster: int | None = None,
     progress: Progress | None,
@@ -153,7 +154,7 @@ def build(
         places: list[CheckpointPlaces] = []
         files = {}
         for checkpoint in opened:
-            name = _name_in(checkpoints, Path(checkpoint.directory))
+            name = _name_in(checkpoints, location(checkpoint.directory))
             before = places[-1] if places else None
             matched = match_checkpoint(checkpoint, tensors, name, before, cast=bool(cast))
             places.append(matched)
@@ -166,7 +167,8 @@ def build(
         capacity = executor.prepare(
             warm_up_encoding if places else _warm_up_nothing, float_pairs(tensors), progress
         )
-        executor.check_sees([base, *(Path(place.directory) for place in places[-1:]), store])
+        last = [location(place.directory) for place in places[-1:]]
+        executor.check_sees([base, *last, store])
         job = _Job(
             writer=writer,
             reader=reader,
@@ -203,7 +205,7 @@ def build(
         )
 
 
-def _stored_steps(path: Path) -> tuple[int, ...]:
+def _stored_steps(path: Location) -> tuple[int, ...]:
     """Return the steps of a store that may be there; whether it is one is for its writer to say."""
     try:
         return Store(path).steps
@@ -224,7 +226,7 @@ def _check_options(block_bytes: int, seed: int, workers: int | None, cast: str |
         machine.wanted_workers(workers)
 
 
-def _refuse_overlap(base: Path, checkpoints: Sequence[Path], store: Path) -> None:
+def _refuse_overlap(base: Location, checkpoints: Sequence[Location], store: Location) -> None:
     inside = store.resolve()
     for what, path in (("BASE", base), *(("CHECKPOINTS", path) for path in checkpoints)):
         source = path.resolve()
@@ -232,7 +234,7 @@ def _refuse_overlap(base: Path, checkpoints: Sequence[Path], store: Path) -> Non
             raise OptionError(
                 f"STORE and {what} are the same directory, {path}; name another STORE"
             )
-    if base.resolve() in inside.parents:
+    if lies_in(inside, base.resolve()):
         raise OptionError(f"STORE {store} lies inside BASE {base}; name a place outside it")
 
 
@@ -260,7 +262,7 @@ def split_found(
     return todo, tuple(step for step, _ in found if step in known)
 
 
-OpenStep = Callable[[Path, int], SourceCheckpoint]
+OpenStep = Callable[[Location, int], SourceCheckpoint]
 
 
 def _steps_to_add(
@@ -272,7 +274,7 @@ def _steps_to_add(
     cast: bool,
     replace_from: int | None,
     progress: Progress,
-) -> tuple[list[tuple[int, Path]], tuple[int, ...]]:
+) -> tuple[list[tuple[int, Location]], tuple[int, ...]]:
     """Split what was found into steps to add and steps stored already, those replaced taken back.
 
     Raises
@@ -305,7 +307,7 @@ def _steps_to_add(
 
 def _refuse_fork(
     store: Store,
-    again: Sequence[tuple[int, Path]],
+    again: Sequence[tuple[int, Location]],
     open_step: OpenStep,
     reader: CheckpointReader,
     *,
@@ -321,7 +323,7 @@ def _refuse_fork(
         Naming the first step that differs.
     """
 
-    def differs(step: int, path: Path) -> bool:
+    def differs(step: int, path: Location) -> bool:
         return not is_stored(store, open_step(path, step), reader, cast=cast)
 
     if not differs(*again[-1]):
@@ -354,8 +356,8 @@ def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> t
     return store.manifest.seed, store.manifest.base_included
 
 
-def _name_in(checkpoints: Path, path: Path) -> str:
-    return Path(os.path.relpath(path, checkpoints)).as_posix()
+def _name_in(checkpoints: Location, path: Location) -> str:
+    return Path(relative_to(path, checkpoints)).as_posix()
 
 
 def _keep_files(
@@ -365,17 +367,13 @@ def _keep_files(
     weights_files, side_files = kept_files(checkpoint, is_cast=is_cast)
     entries = [writer.put_weights_file(file) for file in weights_files]
     for name in side_files:
-        path = Path(checkpoint.directory) / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise SourceError(f"cannot read {path}: {error}") from error
+        data = read_file(location(checkpoint.directory) / name)
         entries.append(writer.put_side_file(name, data))
     return tuple(entries)
 
 
-def _relative_hint(base: Path, store: Path) -> str:
-    return os.path.relpath(base.resolve(), store.resolve())
+def _relative_hint(base: Location, store: Location) -> str:
+    return relative_to(base.resolve(), store.resolve())
 
 
 def _warm_up_nothing(_: object, __: Progress) -> None:
@@ -453,6 +451,7 @@ class _Job:
             max((tensor.blocks for tensor in self.tensors), default=0),
             max((place.table.file.size for place in places), default=0),
         )
+        shared += self.writer.transfer_bytes + self.reader.reading_bytes
         return planner.make_plan([stage], self.capacity, shared_bytes=shared)
 
     def run(

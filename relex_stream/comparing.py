@@ -28,6 +28,7 @@ from relex_stream.blocks import (
 )
 from relex_stream.errors import CorruptionError, SourceError, TrajectoryError
 from relex_stream.graph import Stage, Threads, grouped
+from relex_stream.locations import Location
 from relex_stream.matching import CheckpointPlaces, kept_files, match_checkpoint
 from relex_stream.pagecache import forget
 from relex_stream.source_blocks import SourceBlocks
@@ -84,7 +85,7 @@ def compare_step(
     store: Store,
     source: SourceCheckpoint,
     *,
-    base: Path | None = None,
+    base: Location | None = None,
     memory_limit: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -97,7 +98,7 @@ def compare_step(
     source : SourceCheckpoint
         Of a step that is in the store; opened just now, so that its headers are as they are, with
         the base's names. F32 weights that the store has in BF16 are compared as rounded.
-    base : Path, optional
+    base : Path or Url, optional
         The base's directory, when it has moved.
     memory_limit : int, optional
         Bytes this process may hold.

@@ -40,6 +40,10 @@ class CorruptionError(StoreError):
     """Bytes of a store do not match the checksum committed for them."""
 
 
+class RemoteError(RelexStreamError, OSError):
+    """Object storage cannot be reached, or refuses what is asked of it."""
+
+
 class OutputError(RelexStreamError, OSError):
     """An output directory cannot be written or must not be replaced."""
 

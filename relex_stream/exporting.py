@@ -15,7 +15,7 @@ import numpy as np
 
 from relex_stream import machine, planner
 from relex_stream.assemble import Assembly
-from relex_stream.base_weights import BaseWeights, base_directory, open_base
+from relex_stream.base_weights import BaseWeights, base_directory, open_base, transfer_bytes
 from relex_stream.block_reader import BlockReader, fetch_blocks
 from relex_stream.blocks import (
     BlockOf,
@@ -30,6 +30,7 @@ from relex_stream.checksum import extend_each
 from relex_stream.errors import CorruptionError, OptionError
 from relex_stream.graph import Stage, Threads, grouped
 from relex_stream.hf_files import headers_for_steps, side_files_for_steps
+from relex_stream.locations import Location
 from relex_stream.paths import refuse_inside
 from relex_stream.sources import CheckpointReader, parse_steps
 from relex_stream.specs import NoProgress, Progress
@@ -135,13 +136,13 @@ class _Export:
 
 
 def export_step(
-    store_path: Path,
+    store_path: Location,
     out: Path,
     *,
     step: int,
     file_format: str | None,
     cast: str | None,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,
@@ -158,13 +159,13 @@ def export_step(
 
 
 def export_several(
-    store_path: Path,
+    store_path: Location,
     out: Path,
     *,
     steps: str,
     file_format: str | None,
     cast: str | None,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,
@@ -202,7 +203,7 @@ def export_several(
     )
 
 
-def _refuse_places(store: Store, out: Path, base: Path | None) -> None:
+def _refuse_places(store: Store, out: Path, base: Location | None) -> None:
     refuse_inside(out, store.path, "OUT", "STORE")
     directory = base_directory(store, base)
     if directory is not None:
@@ -276,7 +277,7 @@ class _Exporter:
     def __init__(
         self,
         store: Store,
-        base: Path | None,
+        base: Location | None,
         memory_limit: int | None,
         workers: int | None,
         progress: Progress,
@@ -300,6 +301,7 @@ class _Exporter:
             worker_bytes=planner.copy_worker_bytes(shape),
         )
         shared = planner.export_shared_bytes(shape, export.rows)
+        shared += transfer_bytes(self._store, self._base)
         return planner.make_plan([stage], self._capacity, shared_bytes=shared)
 
     def write(self, export: _Export, output: OutputDirectory, started: float) -> ExportSummary:

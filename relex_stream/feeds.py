@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relex_stream.build import build
+from relex_stream.locations import Location
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.summaries import BuildSummary, Plan
@@ -46,8 +47,8 @@ class Feed(AbstractContextManager["Feed"], Protocol):
 
 def build_from_feed(
     feed: Feed,
-    base: Path,
-    store: Path,
+    base: Location,
+    store: Location,
     *,
     layout: str,
     skipped: tuple[int, ...],
@@ -61,7 +62,7 @@ def build_from_feed(
     Parameters
     ----------
     feed : Feed
-    base, store : Path
+    base, store : Path or Url
     layout : str
         Where the steps come from, for the summary.
     skipped : tuple of int
@@ -130,7 +131,7 @@ def _joined(summaries: list[BuildSummary]) -> BuildSummary:
     )
 
 
-def _nothing_added(path: Path) -> BuildSummary:
+def _nothing_added(path: Location) -> BuildSummary:
     store = Store(path)
     return BuildSummary(
         store=str(path),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 
 from relex_stream import planner
 from relex_stream.analysis import REPLICATES, estimated_gram, replicated_grams
-from relex_stream.base_weights import BaseWeights, open_base
+from relex_stream.base_weights import BaseWeights, open_base, transfer_bytes
 from relex_stream.block_reader import DEFAULT_ENTRY_CAPACITY
 from relex_stream.blocks import float_pairs, model_shape
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.graph import Executor, Threads
+from relex_stream.locations import Location
 from relex_stream.sketch import Subspace, cumulate, gram_of_deltas, unpack_sketch
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import Progress
@@ -168,7 +168,7 @@ class GramReader:
     store : Store
     exact : bool
         From the weights; else from sketches, but for tensors that have none.
-    base : Path, optional
+    base : Path or Url, optional
         As in `api.analyze`.
     executor : Threads
     progress : Progress
@@ -190,7 +190,7 @@ class GramReader:
         store: Store,
         *,
         exact: bool,
-        base: Path | None,
+        base: Location | None,
         executor: Threads,
         progress: Progress,
         rows: int | None = None,
@@ -234,6 +234,7 @@ class GramReader:
         # Those of groups; a tensor's own, its replicates and what they are made in; a batch.
         shared = planner.tables_bytes(shape, rows) + gram * (groups + 3 * REPLICATES)
         shared += max(min(GRAMS_BYTES, len(self._looked_up) * gram), gram)
+        shared += transfer_bytes(store, self._base)
         stage = StagePlan("Gram matrices", shape.blocks, read_bytes, 0, worker_bytes)
         return planner.make_plan([stage], capacity, shared_bytes=shared)
 

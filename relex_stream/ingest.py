@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,6 +27,7 @@ from relex_stream.blocks import (
 )
 from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.graph import Stage
+from relex_stream.locations import Location
 from relex_stream.matching import CheckpointPlaces
 from relex_stream.scan import (
     UNREADABLE,
@@ -130,7 +130,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
     def __init__(
         self,
         *,
-        root: Path,
+        root: Location,
         fence: Fence,
         store: Store | None,
         base: BaseWeights,
@@ -162,7 +162,13 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         self._source = SourceBlocks(reader, checkpoints)
         # With many checkpoints the system's own reading ahead is faster: 16 took 10.1 to 12.0 s
         # from a disk, and 13.0 to 14.7 s where they were asked for.
-        self.fetches = len(checkpoints) == 1
+        self.fetches = len(checkpoints) == 1 or self._is_remote
+
+    @property
+    def _is_remote(self) -> bool:
+        """Whether anything is read from object storage, where nobody else reads ahead."""
+        stored = self._store is not None and not self._store.storage.is_local
+        return stored or self._reader.reading_bytes > 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -197,6 +203,8 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         """As in `Stage`."""
         if self._store is not None:
             fetch_blocks(self._store, self._base, self._rows, tasks)
+        if len(self._checkpoints) > 1 and not self._reader.reading_bytes:
+            return  # only the store's are on object storage
         first, *rest = [at for task in tasks for at in task]
         for index in range(len(self._checkpoints)):
             # As in `fetch_blocks`: one look for all that is read together.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream.errors import SourceError, TrajectoryError
+from relex_stream.listing import file_status
+from relex_stream.locations import location
 from relex_stream.pieces import PieceTable, Span, spans_of
 from relex_stream.sources.checkpoint import INDEX_FILE
 from relex_stream.specs import Piece, SourceCheckpoint, TensorPlace, WeightsFile
@@ -265,7 +266,8 @@ def match_checkpoint(
             copies = copies.sharing(before.copies)
     try:
         side_bytes = sum(
-            (Path(checkpoint.directory) / name).stat().st_size for name in checkpoint.side_files
+            file_status(location(checkpoint.directory) / name).size
+            for name in checkpoint.side_files
         )
     except OSError as error:
         raise SourceError(

@@ -26,6 +26,7 @@ from relex_stream.devices import parse_devices, wants_gpu_processes
 from relex_stream.documents import OWN_FILES, Made, common_settings, write_index
 from relex_stream.errors import DeviceError, RelexStreamWarning
 from relex_stream.graph import Executor, open_executor
+from relex_stream.locations import Location, Url, location
 from relex_stream.methods import product_paths
 from relex_stream.mixing import figures_of, medians, mixes_of
 from relex_stream.model_writes import Mix, Source, write_blocks
@@ -57,7 +58,7 @@ class RunOptions:
         As in `api.extrapolate`.
     """
 
-    base: str | os.PathLike[str] | None = None
+    base: str | os.PathLike[str] | Url | None = None
     memory_limit: int | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -76,13 +77,14 @@ class RunOptions:
 
 
 def make_models(
-    store_path: Path, out: Path, ask: Callable[[Store], Sequence[Job]], options: RunOptions
+    store_path: Location, out: Path, ask: Callable[[Store], Sequence[Job]], options: RunOptions
 ) -> ModelsSummary:
     """Make the models of some jobs.
 
     Parameters
     ----------
-    store_path, out : Path
+    store_path : Path or Url
+    out : Path
     ask : callable
         Returns the jobs, or raises what is wrong with them.
     options : RunOptions
@@ -91,7 +93,7 @@ def make_models(
     progress = options.progress or NoProgress()
     if options.workers is not None:
         machine.wanted_workers(options.workers)
-    base = None if options.base is None else Path(options.base)
+    base = None if options.base is None else location(options.base)
     if options.on_cluster:
         # Workers have working directories of their own.
         store_path, base = store_path.absolute(), base and base.absolute()
@@ -129,7 +131,7 @@ def make_models(
                 batch,
                 prefixes[number],
                 assemblies[number],
-                Outline(store, batch, len(batch.products), options.entry_capacity),
+                Outline(store, batch, len(batch.products), options.entry_capacity, base),
                 options,
                 executor,
             )

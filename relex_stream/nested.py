@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from relex_stream.errors import FitError, ForecastWarning, MemoryLimitError
 from relex_stream.grams import GramReader
 from relex_stream.graph import Threads, one_blas_thread
 from relex_stream.grouping import group_name
+from relex_stream.locations import Location
 from relex_stream.methods import AUTO, Extrapolation
 from relex_stream.request import Job
 from relex_stream.skill import (
@@ -44,7 +44,7 @@ def with_dampings(
     store: Store,
     jobs: Sequence[Job],
     *,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     progress: Progress,
 ) -> list[Job]:
@@ -133,7 +133,7 @@ def _look(reader: GramReader, hindsights: Sequence[Hindsight], group_by: str) ->
 def _reader(
     store: Store,
     options: SubspaceOptions,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     progress: Progress,
     *,

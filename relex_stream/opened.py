@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from relex_stream.block_reader import BlockReader
 from relex_stream.blocks import BlockOf, Workspace
 from relex_stream.errors import OptionError
 from relex_stream.graph import lazy_array
+from relex_stream.locations import Location
 from relex_stream.sources import CheckpointReader
 from relex_stream.store import Store
 from relex_stream.store.records import StoredTensor
@@ -56,13 +56,13 @@ class OpenStore:
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
         The store.
-    base : Path, optional
+    base : Path or Url, optional
         The base's directory, when it has moved.
     """
 
-    def __init__(self, path: Path, base: Path | None = None) -> None:
+    def __init__(self, path: Location, base: Location | None = None) -> None:
         self._store = Store(path)
         self._base = base
         self._workspace = Workspace()
@@ -77,7 +77,7 @@ class OpenStore:
         self.__init__(**state)  # type: ignore[misc]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Where the store is."""
         return self._store.path
 
@@ -227,7 +227,7 @@ class OpenStore:
 class _DeltaSlab:
     """Computes one chunk of a lazy array; opens the store where it runs."""
 
-    def __init__(self, path: Path, base: Path | None, name: str) -> None:
+    def __init__(self, path: Location, base: Location | None, name: str) -> None:
         self._path = path
         self._base = base
         self._name = name

@@ -10,8 +10,10 @@ import numpy as np
 
 from relex_stream import costs, planner
 from relex_stream.assemble import Assembly
+from relex_stream.base_weights import transfer_bytes
 from relex_stream.blocks import model_shape
 from relex_stream.errors import DeviceError, MemoryLimitError
+from relex_stream.locations import Location
 from relex_stream.offload import Offload, choose_offload
 from relex_stream.request import Batch
 from relex_stream.store import Store
@@ -50,9 +52,19 @@ class Outline:
         Models to write.
     entry_capacity : int
         As in `RunOptions`.
+    base : Path or Url, optional
+        The base's directory, when it has moved.
     """
 
-    def __init__(self, store: Store, job: Batch, outputs: int, entry_capacity: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        job: Batch,
+        outputs: int,
+        entry_capacity: int,
+        base: Location | None = None,
+    ) -> None:
+        self._transfer_bytes = transfer_bytes(store, base)
         self._store = store
         self._outputs = outputs
         self._entry_capacity = entry_capacity
@@ -139,7 +151,8 @@ class Outline:
                 len(assemblies),
                 len(self._exact),
                 outputs_at_once=at_once,
-            ),
+            )
+            + self._transfer_bytes,
         )
 
     @property

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from relex_stream.errors import OptionError
+from relex_stream.locations import Location, Url
 
 _MAX_NAME_BYTES = 255  # what the usual file systems allow for one name
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -73,14 +74,18 @@ def _problem_of_part(part: str) -> str | None:
     return None
 
 
-def refuse_inside(path: Path, directory: Path, what: str, of: str) -> None:
+def refuse_inside(path: Path, directory: Location, what: str, of: str) -> None:
     """Refuse a path that is, or lies in, a directory that must stay as it is.
+
+    On object storage no path of this machine does.
 
     Raises
     ------
     OptionError
         If so; `what` and `of` name the two for people.
     """
+    if isinstance(directory, Url):
+        return
     inner, outer = path.resolve(), directory.resolve()
     if inner == outer or outer in inner.parents:
         raise OptionError(f"{what} {path} lies inside {of} {directory}; name a place outside it")

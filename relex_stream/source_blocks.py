@@ -18,6 +18,7 @@ from relex_stream.matching import CheckpointPlaces
 from relex_stream.pieces import Runs
 from relex_stream.scan import FETCHED, Reads
 from relex_stream.sources import CheckpointReader
+from relex_stream.sources.reader import are_objects
 from relex_stream.store.records import StoredTensor
 from relex_stream.ulp import FORMATS, Bits, narrow
 
@@ -131,6 +132,8 @@ class SourceBlocks:
 
     def steps_at_a_time(self, at: Blocks) -> int:
         """Return how many checkpoints `lent` may take of some blocks, at least 1."""
+        if are_objects(self._checkpoints[0].files):
+            return 1  # each is read into memory first
         most = max(
             len(places.table.files_of(at.blocks[0].tensor.index)) for places in self._checkpoints
         )
@@ -141,7 +144,7 @@ class SourceBlocks:
         """Say where blocks lie in the checkpoints ``low : high``, their files open for it.
 
         All blocks lie in the same files (`kind_of`). Where the files of one checkpoint are more
-        than may be open, what they hold is read first.
+        than may be open, or on object storage, what they hold is read first.
 
         Yields
         ------
@@ -151,7 +154,7 @@ class SourceBlocks:
         checkpoints = self._checkpoints[low:high]
         is_cast = np.array([bool(p.is_cast[at.blocks[0].tensor.index]) for p in checkpoints])
         bounds, number, offset, nbytes, paths = self._where(at, checkpoints)
-        if len(paths) > self._reader.max_open:
+        if len(paths) > self._reader.max_open or are_objects(paths):
             fetched = workspace.array("fetched", int(nbytes.sum()), np.uint8)
             done = np.cumsum([0, *nbytes])
             for run, start in enumerate(done[:-1].tolist()):

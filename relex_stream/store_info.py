@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
+from relex_stream.locations import Location
 from relex_stream.store import Store
 from relex_stream.summaries import StepInfo, StoreInfo
 
 
-def info_of(store: Path) -> StoreInfo:
+def info_of(store: Location) -> StoreInfo:
     """Say what a store holds; `relex_stream.api.info` says more."""
     opened = Store(store)
     manifest = opened.manifest
@@ -26,7 +25,7 @@ def info_of(store: Path) -> StoreInfo:
                 changed_weights=changed,
                 changed_share=changed / weights if weights else 0.0,
                 frame_bytes=int(commit.frame_bytes.sum(dtype=np.int64)),
-                record_bytes=opened.record_path(opened.head.commits[row]).stat().st_size,
+                record_bytes=opened.record_bytes(row),
                 source_bytes=commit.source_bytes,
             )
         )

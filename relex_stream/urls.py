@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from relex_stream.errors import OptionError
+from relex_stream.locations import Url
 from relex_stream.paths import check_relative_path
 
 # A `Path` that was made of one has lost a slash.
@@ -49,7 +50,7 @@ class HubUrl:
         return f"{text}/{self.directory}" if self.directory else text
 
 
-def is_hub(place: str | os.PathLike[str]) -> bool:
+def is_hub(place: str | os.PathLike[str] | Url) -> bool:
     """Return whether a place is on the Hugging Face Hub.
 
     Examples
@@ -57,10 +58,10 @@ def is_hub(place: str | os.PathLike[str]) -> bool:
     >>> is_hub("hf://org/name"), is_hub("runs/7")
     (True, False)
     """
-    return _HUB.match(os.fspath(place)) is not None
+    return not isinstance(place, Url) and _HUB.match(os.fspath(place)) is not None
 
 
-def parse_hub(place: str | os.PathLike[str]) -> HubUrl:
+def parse_hub(place: str | os.PathLike[str] | Url) -> HubUrl:
     """Take a URL of the Hub apart.
 
     Parameters
@@ -81,7 +82,7 @@ def parse_hub(place: str | os.PathLike[str]) -> HubUrl:
     >>> parse_hub("hf://org/name@runs%2F7/actor/huggingface")
     HubUrl(repository='org/name', revision='runs/7', directory='actor/huggingface')
     """
-    text = os.fspath(place)
+    text = str(place) if isinstance(place, Url) else os.fspath(place)
     scheme = _HUB.fullmatch(text)
     rest = scheme["rest"].rstrip("/") if scheme is not None else ""
     kind = rest.partition("/")[0]

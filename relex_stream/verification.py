@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from relex_stream.blocks import (
 )
 from relex_stream.errors import CorruptionError, SourceError
 from relex_stream.graph import Stage, Threads, grouped
+from relex_stream.locations import Location
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import STEP_GROUP, NoProgress, Progress
 from relex_stream.store import Store
@@ -79,7 +79,8 @@ class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
             return
         for at in (at for task in tasks for at in task):
             # Where one is in memory the others are too, most often, and there may be very many.
-            if not self._store.advise(at.tensor, at.block, self._rows):
+            asked = self._store.advise(at.tensor, at.block, self._rows)
+            if not asked and self._store.storage.is_local:
                 return
 
     def _check(self, at: Blocks) -> list[_Found]:
@@ -163,7 +164,7 @@ class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
 
 
 def verify_store(
-    store_path: Path, *, base: Path | None, workers: int | None, progress: Progress | None
+    store_path: Location, *, base: Location | None, workers: int | None, progress: Progress | None
 ) -> VerifySummary:
     """Check a store; `relex_stream.api.verify` says what the arguments are."""
     started = time.monotonic()
@@ -177,7 +178,7 @@ def verify_store(
     for row, step in enumerate(store.steps):
         try:
             _collect(entries, store.commit(row).files)
-            read += store.record_path(store.head.commits[row]).stat().st_size
+            read += store.record_bytes(row)
         except CorruptionError as error:
             whole = False
             problems.append(f"step {step}: {error}")
@@ -200,7 +201,7 @@ def verify_store(
 
 
 def _check_frames(
-    store: Store, base: Path | None, workers: int | None, progress: Progress
+    store: Store, base: Location | None, workers: int | None, progress: Progress
 ) -> _Found:
     threads = machine.wanted_workers(workers)
     with CheckpointReader() as reader:

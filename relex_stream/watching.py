@@ -516,7 +516,7 @@ def _records(store: Store | None) -> dict[int, str]:
 def _sizes(store: Store, step: int) -> dict[str, Any]:
     row = store.row_of(step)
     commit = store.commit(row)
-    record_bytes = store.record_path(store.head.commits[row]).stat().st_size
+    record_bytes = store.record_bytes(row)
     stored = int(commit.frame_bytes.sum(dtype=np.int64)) + record_bytes
     return {
         "bytes_in": commit.source_bytes,

@@ -18,6 +18,7 @@ from relex_stream.errors import MemoryLimitError, OptionError, SourceError
 from relex_stream.sources import open_checkpoint
 from relex_stream.specs import Box, Piece, SourceCheckpoint, WeightsFile
 from relex_stream.store import Store, arrays
+from relex_stream.store.read import blob_key
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 from tests.make_stores import build_store
 
@@ -245,8 +246,8 @@ def test_damage_in_the_store_is_a_problem_and_no_error(tmp_path):
     header = next(part.blob for entry in config if entry.recipe for part in store.recipe(entry))
     assert header is not None
     assert blob is not None
-    flip(store.blob_path(blob), 0)
-    flip(store.blob_path(header), 30)
+    flip(store.path / blob_key(blob), 0)
+    flip(store.path / blob_key(header), 30)
     problems = compare(run, run.directories[4], 4).problems
     assert any("file model-0000" in p and "does not match" in p for p in problems)
     assert any(

@@ -29,7 +29,7 @@ class Room:
     """Opens no file: imports nothing that could."""
 
 
-FLOOR = {"errors", "specs", "summaries"}
+FLOOR = {"errors", "specs", "summaries", "locations"}
 """Every room may import these; they import nothing but each other."""
 
 KERNELS = {"numpy", "numba"}
@@ -37,6 +37,7 @@ CHECKSUM = {"google_crc32c"}
 
 BELOW_STAGES = {
     *("paths", "ulp", "codec", "sketch", "fit", "planner", "sources", "writer", "store"),
+    *("listing", "transfers"),
     *(
         "machine",
         "graph",
@@ -81,14 +82,22 @@ ROOMS = {
     "dense": Room({"planner", "ulp"}, {"numpy", "torch"}, pure=True),
     "pages": Room(pure=True),
     "pieces": Room(set(), {"numpy"}, pure=True),
+    "locations": Room(),
     "paths": Room(),
+    # Object storage: fsspec is imported where a URL is used, and nowhere else.
+    "objects": Room(set(), {"fsspec"}),
+    "transfers": Room(pure=True),
+    "listing": Room({"objects"}),
     "urls": Room({"paths"}),
     "pagecache": Room(),
     # Files: no mathematics, and these three do not know each other.
-    "sources": Room({"paths", "pagecache", "pieces"}, {"numpy", "safetensors"} | CHECKSUM),
+    "sources": Room(
+        {"paths", "pagecache", "pieces", "listing", "objects", "transfers"},
+        {"numpy", "safetensors"} | CHECKSUM,
+    ),
     "writer": Room({"pagecache", "paths"}, {"numpy"} | CHECKSUM),
     "store": Room(
-        {"paths", "pagecache", "ulp", "codec"},
+        {"paths", "pagecache", "objects", "transfers", "ulp", "codec"},
         {"numpy", "numcodecs", "safetensors", "zarr"} | CHECKSUM,
     ),
     # The zarr shim takes the codec's name from the store's layout.
@@ -103,7 +112,7 @@ ROOMS = {
     # What several stages share: a block across its steps, a file put together from blocks.
     "blocks": Room({"pages", "ulp", "codec", "planner", "store"}, {"numpy"}),
     "base_weights": Room(
-        {"blocks", "checksum", "ulp", "sources", "store"},
+        {"blocks", "checksum", "listing", "ulp", "sources", "store", "transfers"},
         {"numpy"} | CHECKSUM,
     ),
     "block_reader": Room(
@@ -122,7 +131,7 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
-    "matching": Room({"pieces", "sources", "ulp", "store"}, {"numpy"}),
+    "matching": Room({"pieces", "sources", "ulp", "store", "listing"}, {"numpy"}),
     "source_blocks": Room(
         {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
     ),
@@ -330,6 +339,10 @@ def test_one_room_knows_dask_one_prints_and_one_draws() -> None:
     assert [name for name, room in ROOMS.items() if "dask" in room.packages] == ["graph"]
     assert [name for name, room in ROOMS.items() if "click" in room.packages] == ["cli"]
     assert [name for name, room in ROOMS.items() if "matplotlib" in room.packages] == ["reporting"]
+
+
+def test_one_room_knows_object_storage() -> None:
+    assert [name for name, room in ROOMS.items() if "fsspec" in room.packages] == ["objects"]
 
 
 def test_few_rooms_go_below_python() -> None:

@@ -87,7 +87,7 @@ def measure_client(
     shape = least_shape(tensors)
     store, more = _committed(root, base, checkpoints, tensors, shape)
     took |= more
-    record_bytes = store.record_path(store.head.commits[-1]).stat().st_size
+    record_bytes = store.record_bytes(len(store.steps) - 1)
     packed = _packed_bytes(root, store, base, places)
     opened_bytes = resident_bytes() - before
     graphs: list[dict[str, Any]] = []

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from relex_stream.locations import Location, Url, local_directory, location
 from relex_stream.specs import Progress
 from relex_stream.urls import is_hub, parse_hub
 
-AnyPath = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str] | Url
+"""A path of this machine, or as text a URL: ``"s3://bucket/run.store"``."""
 
 
 class RunArguments(TypedDict, total=False):
@@ -45,33 +47,33 @@ class RunArguments(TypedDict, total=False):
     workers: int | None
     overwrite: bool
     dry_run: bool
-    scheduler: AnyPath | None
+    scheduler: str | os.PathLike[str] | None
     local_cluster: int | None
     devices: str
     device_memory_limit: int | None
     progress: Progress | None
 
 
-def base_directory(base: AnyPath, progress: Progress | None, *, check: bool) -> Path:
+def base_directory(base: AnyPath, progress: Progress | None, *, check: bool) -> Location:
     """Return a base's directory; one on the Hub is fetched into the Hub's cache.
 
     `check` is whether its checksums are compared with those of the Hub then.
     """
-    if not is_hub(base):
-        return Path(base)
+    if isinstance(base, Url) or not is_hub(base):
+        return location(base)
     from relex_stream.hub import fetch_base
 
     return fetch_base(parse_hub(base), progress, check=check)
 
 
-def base_path(base: AnyPath | None, progress: Progress | None = None) -> Path | None:
+def base_path(base: AnyPath | None, progress: Progress | None = None) -> Location | None:
     """Return the directory of a store's base, if it is named. The store knows its checksums."""
     return None if base is None else base_directory(base, progress, check=False)
 
 
 def optional_path(path: AnyPath | None) -> Path | None:
-    """Return a path, if there is one."""
-    return None if path is None else Path(path)
+    """Return a path of this machine, if there is one."""
+    return None if path is None else local_directory(path, "the output")
 
 
 def several(value: Any) -> Sequence[Any]:

@@ -10,6 +10,7 @@ from typing import Unpack
 
 from relex_stream.api.arguments import AnyPath, RunArguments, base_path
 from relex_stream.grid import Entry, jobs_of, read_grid
+from relex_stream.locations import local_directory, location
 from relex_stream.models import RunOptions, make_models
 from relex_stream.request import (
     Job,
@@ -135,7 +136,7 @@ def extrapolate(
         )
         return [job]
 
-    return make_models(Path(store), Path(out), ask, _options(run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def reconstruct(
@@ -201,7 +202,7 @@ def reconstruct(
         )
         return [job]
 
-    return make_models(Path(store), Path(out), ask, _options(run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def combine(
@@ -259,14 +260,14 @@ def combine(
         )
         return [job]
 
-    return make_models(Path(store), Path(out), ask, _options(run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def sweep(
     store: AnyPath,
     out: AnyPath,
     *,
-    grid: AnyPath | Sequence[Entry],
+    grid: str | os.PathLike[str] | Sequence[Entry],
     **run: Unpack[RunArguments],
 ) -> ModelsSummary:
     """Write the models of a grid of settings, with one index.
@@ -303,7 +304,7 @@ def sweep(
     def ask(opened: Store) -> list[Job]:
         return jobs_of(opened, entries)
 
-    return make_models(Path(store), Path(out), ask, _options(run))
+    return make_models(location(store), local_directory(out, "OUT"), ask, _options(run))
 
 
 def _options(run: RunArguments) -> RunOptions:

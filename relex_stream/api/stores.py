@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from relex_stream.api.arguments import AnyPath, base_directory, base_path, optional_path
 from relex_stream.build import build
 from relex_stream.errors import OptionError
 from relex_stream.exporting import export_several, export_step
+from relex_stream.locations import local_directory, location
 from relex_stream.opened import OpenStore
 from relex_stream.specs import Progress
 from relex_stream.store import Store, StoreWriter
@@ -46,7 +46,7 @@ def build_store(
     replace_from: int | None = None,
     step_offset: int = 0,
     then: Sequence[tuple[AnyPath, int]] = (),
-    scheduler: AnyPath | None = None,
+    scheduler: str | os.PathLike[str] | None = None,
     local_cluster: int | None = None,
     download_dir: AnyPath | None = None,
     progress: Progress | None = None,
@@ -63,7 +63,8 @@ def build_store(
         ``"hf://org/name"``, whose branches, tags or directories are called so: they are fetched
         one by one, and deleted when they are in the store (docs/hub.md).
     store : path
-        The store, made if it is not there. Steps in it already are skipped.
+        The store, made if it is not there. It, base and checkpoints may be URLs of object storage
+        (``"s3://bucket/run.store"``); see docs/remote.md. Steps in it already are skipped.
     pattern : str, optional
         Other names of checkpoint directories, with ``{step}`` for the number.
     steps : str, optional
@@ -152,15 +153,15 @@ def build_store(
                 "--step-offset and --then are for directories; leave them out with a Hub URL"
             )
         through = optional_path(download_dir)
-        return build_from_hub(base, checkpoints, Path(store), download_dir=through, **options)
+        return build_from_hub(base, checkpoints, location(store), download_dir=through, **options)
     if download_dir is not None:
         raise OptionError("--download-dir is for checkpoints of the Hub; leave it out")
     directory = base_directory(base, progress, check=True)
-    phases = [(Path(path), offset) for path, offset in then]
+    phases = [(location(path), offset) for path, offset in then]
     return build(
         directory,
-        Path(checkpoints),
-        Path(store),
+        location(checkpoints),
+        location(store),
         step_offset=step_offset,
         then=phases,
         **options,
@@ -181,7 +182,7 @@ def open_store(path: AnyPath, *, base: AnyPath | None = None) -> OpenStore:
     StoreError
         If there is no store of a known format.
     """
-    return OpenStore(Path(path), base_path(base))
+    return OpenStore(location(path), base_path(base))
 
 
 def export(
@@ -225,8 +226,8 @@ def export(
         As in `extrapolate`; nothing is written then.
     """
     return export_step(
-        Path(store),
-        Path(out),
+        location(store),
+        local_directory(out, "OUT"),
         step=step,
         file_format=file_format,
         cast=cast,
@@ -269,8 +270,8 @@ def export_steps(
         As in `export`; steps that were written before an error stay.
     """
     return export_several(
-        Path(store),
-        Path(out),
+        location(store),
+        local_directory(out, "OUT"),
         steps=steps,
         file_format=file_format,
         cast=cast,
@@ -289,7 +290,7 @@ def info(store: AnyPath) -> StoreInfo:
     StoreError
         If there is no store of a known format, or its records are damaged.
     """
-    return info_of(Path(store))
+    return info_of(location(store))
 
 
 def verify(
@@ -320,7 +321,7 @@ def verify(
         If there is no store, or HEAD or the manifest is damaged.
     """
     return verify_store(
-        Path(store),
+        location(store),
         base=base_path(base, progress),
         workers=workers,
         progress=progress,
@@ -335,8 +336,8 @@ def drop(store: AnyPath, *, after: int) -> DropSummary:
     StoreError
         If there is no store, or another process writes to it.
     """
-    Store(Path(store))  # refuses what is not a store before anything is made there
-    with StoreWriter(Path(store)) as writer:
+    Store(location(store))  # refuses what is not a store before anything is made there
+    with StoreWriter(location(store)) as writer:
         assert writer.store is not None
         before = writer.store.stored_bytes()
         dropped = writer.drop_after(after)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from relex_stream.analyzing import analyze_store
 from relex_stream.api.arguments import AnyPath, base_path, optional_path, several
 from relex_stream.backtesting import ANCHORS_TESTED, DAMPINGS_TESTED, Grid, backtest_store
+from relex_stream.locations import local_directory, location
 from relex_stream.specs import Progress
 from relex_stream.summaries import AnalyzeSummary, BacktestSummary, ReportSummary
 
@@ -57,7 +57,7 @@ def analyze(
         As in `extrapolate`.
     """
     return analyze_store(
-        Path(store),
+        location(store),
         history_steps=history_steps,
         rank=rank,
         fit=fit,
@@ -132,7 +132,7 @@ def backtest(
         group_by=group_by,
     )
     return backtest_store(
-        Path(store),
+        location(store),
         grid,
         exact=exact,
         base=base_path(base, progress),
@@ -212,14 +212,14 @@ def report(
     from relex_stream.reporting.making import Outputs, make_report
 
     outputs = Outputs(
-        page=Path(out),
+        page=local_directory(out, "OUT"),
         pictures=optional_path(pictures),
         picture_formats=several(picture_format),
         tables=optional_path(csv),
         overwrite=overwrite,
     )
     return make_report(
-        Path(store),
+        location(store),
         outputs,
         history_steps=history_steps,
         target_steps=target_steps,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from relex_stream.api.arguments import AnyPath, base_directory
+from relex_stream.errors import OptionError
+from relex_stream.locations import Location, Url, location
 from relex_stream.specs import Progress
 from relex_stream.summaries import WatchEvent, WatchSummary
 from relex_stream.watch_options import WatchOptions
@@ -132,9 +134,9 @@ def watch(
         dry_run=dry_run,
     )
     return Watch(
-        base_directory(base, progress, check=True),
-        Path(checkpoints),
-        Path(store),
+        _here(base_directory(base, progress, check=True)),
+        _here(location(checkpoints)),
+        _here(location(store)),
         options=options,
         build_options={
             "pattern": pattern,
@@ -156,3 +158,12 @@ def watch(
 
 def _say_nothing(_: WatchEvent) -> None:
     pass
+
+
+def _here(place: Location) -> Path:
+    if isinstance(place, Url):
+        raise OptionError(
+            f"{place}: watch works on directories of this machine; append to stores on object "
+            "storage with build-store"
+        )
+    return place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import AnalyzeSummary, GroupAnalysis
@@ -47,7 +47,9 @@ _GROUPINGS = ("layer", "module", "tensor")
 @options.workers
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, *, groupings: tuple[str, ...], **asked: Any) -> None:
+def command(
+    session: Session, /, store: Location, *, groupings: tuple[str, ...], **asked: Any
+) -> None:
     """Say how low-rank and how straight the trajectory in STORE is.
 
     For the model, its modules, layers and tensors: the share of all movement in the first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 from relex_stream.summaries import WEAK_SKILL
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ _GROUPS_SHOWN = 5
 @options.workers
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, **asked: Any) -> None:
+def command(session: Session, /, store: Location, **asked: Any) -> None:
     """Say what forecasts from the first steps in STORE would have been worth at its later ones.
 
     Skill is 1 for a perfect forecast and 0 for one that is no nearer to what came than the last

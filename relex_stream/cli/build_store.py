@@ -11,6 +11,7 @@ from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.plan import describe_plan
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import BuildSummary
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--then",
-    type=(options.PATH, click.IntRange(min=0)),
+    type=(options.PLACE, click.IntRange(min=0)),
     multiple=True,
     metavar="DIR OFFSET",
     help="Another directory of checkpoints, which continues the run, and what is added to the "
@@ -65,9 +66,9 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     session: Session,
-    base: Path | str,
-    checkpoints: Path | str,
-    store: Path,
+    base: Location | str,
+    checkpoints: Location | str,
+    store: Location,
     *,
     pattern: str | None,
     steps: str | None,
@@ -82,7 +83,7 @@ def command(
     cast: str | None,
     replace_from: int | None,
     step_offset: int,
-    then: tuple[tuple[Path, int], ...],
+    then: tuple[tuple[Location, int], ...],
     download_dir: Path | None,
     scheduler: str | None,
     local_cluster: int | None,
@@ -93,9 +94,10 @@ def command(
     directory per checkpoint. If STORE exists, steps it does not hold yet are appended to it.
     Steps are committed in groups of 16 or more: what an interrupted run has committed stays.
 
-    Both may be on the Hugging Face Hub: hf://org/name, perhaps with @revision and /directory.
-    Checkpoints there are branches, tags or directories; they are fetched one by one, committed
-    one by one, and deleted when they are in the store.
+    Each of the three may be a URL of object storage, like s3://bucket/run.store. BASE and
+    CHECKPOINTS may be on the Hugging Face Hub: hf://org/name, perhaps with @revision and
+    /directory. Checkpoints there are branches, tags or directories; they are fetched one by one,
+    committed one by one, and deleted when they are in the store.
     """
     from relex_stream.api import build_store
 

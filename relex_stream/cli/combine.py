@@ -9,6 +9,7 @@ import click
 
 from relex_stream.cli import models, options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 
 @click.command("combine")
@@ -33,7 +34,7 @@ from relex_stream.cli.session import Session
 @options.making
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, out: Path, **asked: Any) -> None:
+def command(session: Session, /, store: Location, out: Path, **asked: Any) -> None:
     """Write weighted sums of the steps in STORE to OUT.
 
     \b

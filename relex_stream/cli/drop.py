@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +9,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import DropSummary
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @options.common
 @click.pass_obj
-def command(session: Session, store: Path, *, after: int) -> None:
+def command(session: Session, store: Location, *, after: int) -> None:
     """Take the steps later than a given one back out of STORE, for good.
 
     Use it when a run was resumed from an earlier checkpoint and its later steps were replaced.

@@ -10,6 +10,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import ExportSummary
@@ -44,14 +45,14 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     session: Session,
-    store: Path,
+    store: Location,
     out: Path,
     *,
     step: int | None,
     steps: str | None,
     file_format: str | None,
     cast: str | None,
-    base: Path | str | None,
+    base: Location | str | None,
     memory_limit: int | None,
     workers: int | None,
 ) -> None:

@@ -9,6 +9,7 @@ import click
 
 from relex_stream.cli import models, options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 
 @click.command("extrapolate")
@@ -69,7 +70,7 @@ from relex_stream.cli.session import Session
 @options.making
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, out: Path, **asked: Any) -> None:
+def command(session: Session, /, store: Location, out: Path, **asked: Any) -> None:
     """Predict the weights at later steps from the steps in STORE, and write them to OUT.
 
     The method is RELEX: per tensor, the rank-1 subspace of the weight deltas and a line through

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +9,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import StepInfo, StoreInfo
@@ -22,7 +22,7 @@ MOST_STEPS = 20
 @options.store_argument
 @options.common
 @click.pass_obj
-def command(session: Session, store: Path) -> None:
+def command(session: Session, store: Location) -> None:
     """Show the steps, tensors and sizes of STORE. Reads its records, not its weights."""
     from relex_stream.api import info
 

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from relex_stream.cli.session import Session
+from relex_stream.errors import OptionError
+from relex_stream.locations import local_directory, location
 from relex_stream.urls import is_hub
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -112,6 +114,45 @@ class NumberOr(click.ParamType[int | None]):
         return int(value)
 
 
+class _Place(click.Path):
+    """A path or URL as it is: whether it exists is for the library to say, in one wording.
+
+    Parameters
+    ----------
+    urls : {"none", "objects", "all"}
+        Which URLs may be given: none, those of object storage, or those of the Hub too, which stay
+        text.
+    """
+
+    def __init__(self, urls: str) -> None:
+        super().__init__(path_type=Path)
+        self._urls = urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a path, or a URL where there may be one."""
+        if is_hub(str(value)) and self._urls != "objects":
+            if self._urls == "all":
+                return value
+            self.fail(f"{value} is on the Hub; give a directory here", param, ctx)
+        try:
+            if self._urls != "none":
+                return location(value)
+            what = param.make_metavar(ctx) if param is not None and ctx is not None else "path"
+            return local_directory(value, what)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = _Place("none")
+"""What is written, and other files: a path of this machine."""
+
+PLACE = _Place("objects")
+"""A store: a path, or a URL of object storage."""
+
+PATH_OR_URL = _Place("all")
+"""What is read: a path, a URL of object storage, or one of the Hugging Face Hub."""
+
+
 class NameMap(click.ParamType[tuple[str, str]]):
     """A regular expression and its replacement, with ``=`` between."""
 
@@ -133,31 +174,6 @@ class NameMap(click.ParamType[tuple[str, str]]):
 
 
 NAME_MAP = NameMap()
-
-
-class LocalPath(click.Path):
-    """A path; a URL, which would become the path of a directory ``hf:``, is refused."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
-        if is_hub(value):
-            self.fail(f"{value} is on the Hub; give a directory here")
-        return super().convert(value, param, ctx)
-
-
-PATH = LocalPath(path_type=Path)
-"""A path as it is: whether it exists is for the library to say, once and in one wording."""
-
-
-class PathOrUrl(click.Path):
-    """A path, or a URL of the Hugging Face Hub, which stays text."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path or the text."""
-        return value if is_hub(value) else super().convert(value, param, ctx)
-
-
-PATH_OR_URL = PathOrUrl(path_type=Path)
 
 
 def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -198,14 +214,14 @@ def common(function: Function) -> Function:
     return function
 
 
-store_argument = click.argument("store", type=PATH)
+store_argument = click.argument("store", type=PLACE)
 
 base = click.option(
     "--base",
     type=PATH_OR_URL,
     metavar="DIRECTORY",
-    help="Where the base model is now, if not where the store says; hf://org/name is one on the "
-    "Hugging Face Hub.",
+    help="Where the base model is now, if not where the store says; may be a URL: "
+    "s3://bucket/path, or hf://org/name on the Hugging Face Hub.",
 )
 
 

@@ -9,6 +9,7 @@ import click
 
 from relex_stream.cli import models, options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 
 @click.command("reconstruct")
@@ -33,7 +34,7 @@ from relex_stream.cli.session import Session
 @options.making
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, out: Path, **asked: Any) -> None:
+def command(session: Session, /, store: Location, out: Path, **asked: Any) -> None:
     """Project a step of STORE into the rank-r subspace of its history and back; write it to OUT.
 
     What RELEX finds first (arXiv 2605.21468): such a model is about as good as the step itself. If

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import ReportSummary
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 @options.workers
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, **asked: Any) -> None:
+def command(session: Session, /, store: Location, **asked: Any) -> None:
     """Write a page about the trajectory in STORE, which needs nothing but a browser.
 
     On it: coefficients with fit and forecast, explained variance and R2 by module and layer,

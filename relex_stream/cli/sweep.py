@@ -9,6 +9,7 @@ import click
 
 from relex_stream.cli import models, options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 
 def _several(name: str, metavar: str, kind: click.ParamType[Any], help: str) -> Any:  # noqa: A002
@@ -62,7 +63,9 @@ _SELECTION = ("include", "exclude", "excluded_from")
 @options.making
 @options.common
 @click.pass_obj
-def command(session: Session, /, store: Path, out: Path, grid: Path | None, **asked: Any) -> None:
+def command(
+    session: Session, /, store: Location, out: Path, grid: Path | None, **asked: Any
+) -> None:
     """Write the models of a grid of settings to OUT, with one index.
 
     Every option of extrapolate, reconstruct and combine may have several values; every combination

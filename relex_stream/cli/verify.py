@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +9,7 @@ import click
 from relex_stream import wording
 from relex_stream.cli import options
 from relex_stream.cli.session import Session
+from relex_stream.locations import Location
 
 if TYPE_CHECKING:
     from relex_stream.summaries import VerifySummary
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @options.common
 @click.pass_context
 def command(
-    ctx: click.Context, store: Path, *, base: Path | str | None, workers: int | None
+    ctx: click.Context, store: Location, *, base: Location | str | None, workers: int | None
 ) -> None:
     """Check every committed byte of STORE against its checksums.
 

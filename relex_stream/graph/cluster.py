@@ -11,7 +11,6 @@ import re
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relex_stream import costs, machine, planner
@@ -22,6 +21,7 @@ from relex_stream.graph.stages import TASK_BYTES, Group, Stage
 from relex_stream.graph.tasks import build_graph
 from relex_stream.graph.threads import WarmUp
 from relex_stream.graph.workers import GPU, Worker, ask_workers, worker_threads
+from relex_stream.locations import Location
 from relex_stream.specs import Progress
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Cluster:
         there: dict[str, int] = self._client.run(machine.peak_bytes, on_error="ignore")
         return max([machine.peak_bytes(), *there.values()])
 
-    def check_sees(self, paths: Sequence[Path]) -> None:
+    def check_sees(self, paths: Sequence[Location]) -> None:
         """As in `Executor`."""
         for worker in ask_workers(self._client, paths=paths):
             if worker.missing:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import dask.threaded
@@ -16,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from relex_stream import costs, machine, planner
 from relex_stream.graph.stages import TASK_BYTES, Group, Stage, calls
 from relex_stream.graph.tasks import build_graph
+from relex_stream.locations import Location
 from relex_stream.specs import Progress
 
 FETCH_BYTES = 256 << 20
@@ -37,7 +37,7 @@ class Executor(Protocol):
     def prepare(self, warm_up: WarmUp, formats: Any, progress: Progress) -> planner.Capacity:
         """Run a warm-up wherever tasks will run, and say what a plan may count on there."""
 
-    def check_sees(self, paths: Sequence[Path]) -> None:
+    def check_sees(self, paths: Sequence[Location]) -> None:
         """Check that paths are there wherever tasks will run.
 
         Raises
@@ -128,7 +128,7 @@ class Threads:
             ),
         )
 
-    def check_sees(self, paths: Sequence[Path]) -> None:
+    def check_sees(self, paths: Sequence[Location]) -> None:
         """Do nothing: they are this process's own."""
 
     def peak_bytes(self) -> int:

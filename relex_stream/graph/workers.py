@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from relex_stream import machine
 from relex_stream.errors import ClusterError, RelexStreamError
 from relex_stream.graph.threads import WarmUp
+from relex_stream.locations import Location
 from relex_stream.specs import NoProgress
 from relex_stream.versions import difference, versions
 
@@ -92,7 +93,7 @@ def ask_workers(
     warm_up: WarmUp | None = None,
     formats: Any = None,
     *,
-    paths: Sequence[Path] = (),
+    paths: Sequence[Location] = (),
 ) -> list[Worker]:
     """Have each worker load what it needs, if `warm_up` is given, and say what it is.
 
@@ -109,7 +110,7 @@ def ask_workers(
             versions(),
             warm_up,
             formats,
-            [str(path) for path in paths],
+            [str(path) for path in paths if isinstance(path, Path)],
             key=f"relex-prepare-{uuid.uuid4().hex}",
             workers=[address],
             pure=False,

@@ -9,6 +9,7 @@ from typing import Any
 from relex_stream.build import split_found
 from relex_stream.errors import OptionError
 from relex_stream.feeds import build_from_feed
+from relex_stream.locations import Location, Url, location
 from relex_stream.paths import refuse_inside
 from relex_stream.sources import open_checkpoint, parse_steps
 from relex_stream.specs import NoProgress, Progress
@@ -24,9 +25,9 @@ from .steps import find_steps
 
 
 def build_from_hub(
-    base: str | os.PathLike[str],
-    checkpoints: str | os.PathLike[str],
-    store: Path,
+    base: str | os.PathLike[str] | Url,
+    checkpoints: str | os.PathLike[str] | Url,
+    store: Location,
     *,
     pattern: str | None,
     steps: str | None,
@@ -59,7 +60,12 @@ def build_from_hub(
             f"relex-stream drop --after {replace_from - 1}, then build again"
         )
     url = parse_hub(checkpoints)
-    download_dir = download_dir or store.parent / f"{store.name}.download"
+    if download_dir is None:
+        if isinstance(store, Url):
+            raise OptionError(
+                f"--download-dir: say where on this machine checkpoints are on their way to {store}"
+            )
+        download_dir = store.parent / f"{store.name}.download"
     refuse_inside(download_dir, store, "--download-dir", "STORE")
     selection = parse_steps(steps) if steps is not None else None
     client = HubClient()
@@ -70,7 +76,7 @@ def build_from_hub(
         stored = writer.store.steps if writer.store else None
     todo, skipped = split_found([(step.step, step) for step in found.steps], stored or ())
     feed = HubFeed(client, url, [step for _, step in todo], download_dir)
-    directory = Path(base)
+    directory = Path() if is_hub(base) else location(base)
     if todo:
         told = progress or NoProgress()
         told.note(

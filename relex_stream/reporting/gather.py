@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from relex_stream.errors import FitError, MemoryLimitError, OptionError
 from relex_stream.fit import Fit
 from relex_stream.grams import GramReader
 from relex_stream.graph import Threads, one_blas_thread
+from relex_stream.locations import Location
 from relex_stream.outline import Outline
 from relex_stream.reporting.coefficients import Float64, describe_coefficients
 from relex_stream.reporting.modules import module_grid
@@ -40,7 +40,7 @@ NOMINAL_PROCESS_BYTES = 184 << 20
 
 
 def gather(
-    store_path: Path,
+    store_path: Location,
     *,
     history_steps: int | None,
     target_steps: Sequence[int],
@@ -49,7 +49,7 @@ def gather(
     window: int | None,
     exact: bool,
     title: str | None,
-    base: Path | None,
+    base: Location | None,
     memory_limit: int | None,
     workers: int | None,
     progress: Progress | None,

@@ -15,6 +15,7 @@ from relex_stream import machine
 from relex_stream._version import __version__
 from relex_stream.base_weights import base_directory
 from relex_stream.errors import OptionError, OutputError
+from relex_stream.locations import Location
 from relex_stream.paths import refuse_inside
 from relex_stream.reporting import charts
 from relex_stream.reporting.gather import gather
@@ -56,10 +57,10 @@ class Outputs:
 
 
 def make_report(
-    store_path: Path,
+    store_path: Location,
     outputs: Outputs,
     *,
-    base: Path | None,
+    base: Location | None,
     progress: Progress | None,
     **asked: Any,
 ) -> ReportSummary:
@@ -106,7 +107,7 @@ def draw(numbers: ReportNumbers, found: Sequence[Section]) -> Iterator[tuple[Cha
         yield chart, figure, svg
 
 
-def _check_places(store_path: Path, base: Path | None, outputs: Outputs) -> None:
+def _check_places(store_path: Location, base: Location | None, outputs: Outputs) -> None:
     """Refuse before any work what may not be written."""
     for kind in outputs.picture_formats:
         if kind not in PICTURE_FORMATS:

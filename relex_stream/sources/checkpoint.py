@@ -5,16 +5,16 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import stat
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from ..errors import RelexStreamWarning, SourceError
+from ..errors import RelexStreamWarning, RemoteError, SourceError
+from ..listing import file_status, is_file, is_link, list_names, read_file
+from ..locations import Location
 from ..paths import check_relative_path
 from ..specs import SourceCheckpoint, TensorPlace, WeightsFile
-from .directories import list_names, summarise
+from .directories import summarise
 from .naming import Naming
 from .quantised import refuse_quantised
 from .recognised import recognise_weights
@@ -40,7 +40,9 @@ _SKIPPED = (
 _SKIPPED_PATTERN = re.compile("|".join(map(fnmatch.translate, _SKIPPED)))
 
 
-def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -> SourceCheckpoint:
+def open_checkpoint(
+    directory: Location, step: int, naming: Naming = _AS_THEY_ARE
+) -> SourceCheckpoint:
     """Open a model directory: find its weights, read their headers, sort its other files.
 
     The weights are ``model.safetensors``, or the shards of ``model.safetensors.index.json``. Where
@@ -50,7 +52,7 @@ def open_checkpoint(directory: Path, step: int, naming: Naming = _AS_THEY_ARE) -
 
     Parameters
     ----------
-    directory : Path
+    directory : Location
         The model directory.
     step : int
         The step it is from; 0 for the base.
@@ -140,12 +142,12 @@ def renamed(
     return files, places
 
 
-def holds_weights(directory: Path) -> bool:
+def holds_weights(directory: Location) -> bool:
     """Return whether a directory has a file that `open_checkpoint` would start from."""
-    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    return any(is_file(directory / name) for name in (SINGLE_FILE, INDEX_FILE))
 
 
-def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
+def _find_shards(directory: Location, names: list[str]) -> dict[str, str] | None:
     """Return the index's map of tensors to shards, or None where the single file counts."""
     single = SINGLE_FILE in names
     if INDEX_FILE not in names:
@@ -157,11 +159,11 @@ def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
             f"found {found}; {remedy}"
         )
     shards = read_index(directory / INDEX_FILE)
-    missing = [shard for shard in sorted(set(shards.values())) if not (directory / shard).is_file()]
+    missing = [shard for shard in sorted(set(shards.values())) if not is_file(directory / shard)]
     if missing and single:
         return None
     if missing:
-        link = " (a link to a file that is gone)" if (directory / missing[0]).is_symlink() else ""
+        link = " (a link to a file that is gone)" if is_link(directory / missing[0]) else ""
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
             f"{directory}: shard {missing[0]}{link}{more}, named by {INDEX_FILE}, is missing; "
@@ -177,7 +179,7 @@ def _find_shards(directory: Path, names: list[str]) -> dict[str, str] | None:
     return shards
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Location) -> dict[str, str]:
     """Return the weight map of an index file: tensor names to names of files, existing or not.
 
     Raises
@@ -186,13 +188,13 @@ def read_index(path: Path) -> dict[str, str]:
         If it is not a regular file, is malformed, or names a file that is not beside it.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_HEADER_BYTES:
+        status = file_status(path)
+        if not status.is_regular or status.size > MAX_HEADER_BYTES:
             raise SourceError(
                 f"{path}: not a regular file of at most {MAX_HEADER_BYTES} bytes; save it anew"
             )
-        data = path.read_bytes()
-    except SourceError:
+        data = read_file(path)
+    except (SourceError, RemoteError):
         raise
     except OSError as error:
         raise SourceError(
@@ -214,7 +216,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorPlace]) -> None:
+def _check_index(index: Location, shards: dict[str, str], tensors: dict[str, TensorPlace]) -> None:
     """Check that the index maps exactly the tensors the shards hold, each to its shard."""
     for name, shard in shards.items():
         if name not in tensors:
@@ -236,19 +238,21 @@ def _check_index(index: Path, shards: dict[str, str], tensors: dict[str, TensorP
             )
 
 
-def sort_files(directory: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return side files and skipped files among `names`, paths in the directory, in their order."""
     side_files: list[str] = []
     skipped_files: list[str] = []
     for name in names:
         try:
-            status = os.stat(directory / name)
+            status = file_status(directory / name)
+        except RemoteError:
+            raise
         except OSError:
             skipped_files.append(name)  # a broken link, or gone since the listing
             continue
-        if not stat.S_ISREG(status.st_mode):
+        if not status.is_regular:
             continue
-        if not is_kept(name, status.st_size):
+        if not is_kept(name, status.size):
             skipped_files.append(name)
             continue
         try:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SourceError
+from ..listing import is_file, list_names
+from ..locations import Location
 from ..specs import Box, FilePart, Piece, SourceCheckpoint, TensorPlace, TensorSpec, WeightsFile
 from .checkpoint import sort_files
 from .dcp_metadata import METADATA, DcpMetadata, Region, SavedTensor, read_metadata
-from .directories import list_names, summarise
+from .directories import summarise
 from .file_parts import lay_out
 from .naming import Naming
 from .pieces import join_pieces
@@ -56,9 +58,9 @@ class _Chunk(NamedTuple):
         return FilePart(tensor=self.name, box=None if self.whole else self.box)
 
 
-def holds_dcp(directory: Path) -> bool:
+def holds_dcp(directory: Location) -> bool:
     """Return whether a directory has a checkpoint that `open_dcp` would start from."""
-    return (directory / METADATA).is_file() and not is_megatron(directory, list_names(directory))
+    return is_file(directory / METADATA) and not is_megatron(directory, list_names(directory))
 
 
 def open_dcp(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:

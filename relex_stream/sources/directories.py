@@ -1,4 +1,4 @@
-"""Listing directories, and telling of what is in them."""
+"""Listing what is below a directory, and telling of it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,6 @@ def summarise(names: list[str], limit: int = 5) -> str:
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more or "nothing"
-
-
-def list_names(directory: Path) -> list[str]:
-    """Return the sorted names of a directory's entries.
-
-    Raises
-    ------
-    SourceError
-        If it is missing, not a directory, or cannot be listed.
-    """
-    try:
-        return sorted(os.listdir(directory))
-    except FileNotFoundError:
-        raise SourceError(f"{directory}: no such directory; check the path") from None
-    except NotADirectoryError:
-        raise SourceError(
-            f"{directory}: a file where a directory belongs; check the path"
-        ) from None
-    except OSError as error:
-        raise SourceError(
-            f"{directory}: cannot be listed: {error.strerror}; check its permissions"
-        ) from error
 
 
 def list_files(directory: Path) -> list[str]:

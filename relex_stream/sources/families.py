@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from ..listing import is_file, read_file
+from ..locations import Location
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """What verl and Megatron write beside the steps, last of all: the number of the last one."""
@@ -37,7 +39,7 @@ class Family:
         """The name with ``N`` for the step."""
         return self.pattern.replace("{step}", "N")
 
-    def unfinished(self, root: Path, steps: Mapping[int, Path]) -> dict[int, str]:
+    def unfinished(self, root: Location, steps: Mapping[int, Location]) -> dict[int, str]:
         """Return the steps that the trainer has not finished, each with what shows it.
 
         Without a sign for a step that is still being written, it is taken for complete here; files
@@ -45,14 +47,14 @@ class Family:
 
         Parameters
         ----------
-        root : Path
+        root : Location
             The directory that holds the steps.
-        steps : mapping of int to Path
+        steps : mapping of int to Path or Url
             All steps there, each with its directory.
         """
         found: dict[int, str] = {}
         if self.mark:
-            unmarked = [step for step, path in steps.items() if not (path / self.mark).is_file()]
+            unmarked = [step for step, path in steps.items() if not is_file(path / self.mark)]
             if len(unmarked) < len(steps) or root.name in self.marked_in:
                 found |= dict.fromkeys(unmarked, f"no {self.mark}")
         last = _tracked(root / self.tracker) if self.tracker else None
@@ -78,10 +80,10 @@ RUN_DIRECTORIES = (".", "weights", "checkpoints", "checkpoint", "broadcasts")
 """Where the steps may lie inside the directory of a run, first match first."""
 
 
-def _tracked(path: Path) -> int | None:
+def _tracked(path: Location) -> int | None:
     """Return the number in a tracker file, None where there is none ("release", say)."""
     try:
-        text = path.read_bytes()[:64].decode("ascii").strip()
+        text = read_file(path)[:64].decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if text.isdecimal() else None

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import SourceError
+from ..locations import Location, Url
 from ..specs import SourceCheckpoint
 from .checkpoint import holds_weights, open_checkpoint
 from .dcp import holds_dcp, open_dcp
@@ -38,8 +40,24 @@ class Format:
     title: str
     looked_for: str
     places: tuple[str, ...]
-    holds: Callable[[Path], bool]
-    open: Callable[[Path, int, Naming], SourceCheckpoint]
+    holds: Callable[[Location], bool]
+    open: Callable[[Location, int, Naming], SourceCheckpoint]
+
+
+def _here(
+    open_it: Callable[[Path, int, Naming], SourceCheckpoint],
+) -> Callable[[Location, int, Naming], SourceCheckpoint]:
+    """Make a format's `open` refuse what is not on this machine."""
+
+    def opened(directory: Location, step: int, naming: Naming) -> SourceCheckpoint:
+        if isinstance(directory, Url):
+            raise SourceError(
+                f"{directory}: of checkpoints on object storage only whole safetensors are read; "
+                "copy this one to this machine first, e.g. with: aws s3 cp --recursive"
+            )
+        return open_it(directory, step, naming)
+
+    return opened
 
 
 FORMATS = (
@@ -60,7 +78,7 @@ FORMATS = (
         looked_for="shard-*-model-*-of-*.safetensors",
         places=(".", "policy/weights/model", "model", "sharded"),
         holds=holds_split,
-        open=open_split,
+        open=_here(open_split),
     ),
     Format(
         name="fsdp",
@@ -68,7 +86,7 @@ FORMATS = (
         looked_for="model_world_size_W_rank_R.pt",
         places=("actor", ".", "actor/model", "model"),
         holds=holds_shards,
-        open=open_shards,
+        open=_here(open_shards),
     ),
     Format(
         name="dcp",
@@ -79,7 +97,7 @@ FORMATS = (
             *("model", "actor", "weights"),
         ),
         holds=holds_dcp,
-        open=open_dcp,
+        open=_here(open_dcp),
     ),
 )
 """The first one counts that all steps hold in the same place."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SourceError
+from ..listing import is_directory, list_names
+from ..locations import Location
 from ..specs import (
     Box,
     DType,
@@ -21,7 +23,7 @@ from ..specs import (
     WeightsFile,
 )
 from .checkpoint import INDEX_FILE, sort_files
-from .directories import list_names, summarise
+from .directories import summarise
 from .dtensor import DTENSORS, DTensor, Meshes, local_box
 from .file_parts import lay_out
 from .naming import Naming
@@ -73,9 +75,9 @@ class _RankFile(NamedTuple):
     tensors: dict[str, _Local]
 
 
-def holds_shards(directory: Path) -> bool:
+def holds_shards(directory: Location) -> bool:
     """Return whether a directory has files that `open_shards` would start from."""
-    return directory.is_dir() and any(map(_SHARD.fullmatch, list_names(directory)))
+    return is_directory(directory) and any(map(_SHARD.fullmatch, list_names(directory)))
 
 
 @collector_paused()

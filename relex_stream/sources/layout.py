@@ -6,13 +6,14 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ..errors import OptionError, RelexStreamWarning, SourceError
+from ..listing import is_directory, list_names
+from ..locations import Location, relative_to
 from ..paths import check_relative_path
 from ..specs import SourceCheckpoint
-from .directories import list_names, summarise
+from .directories import summarise
 from .families import FAMILIES, RUN_DIRECTORIES, Family
 from .formats import FORMATS, Format
 from .naming import Naming
@@ -33,7 +34,7 @@ class FoundCheckpoints:
         not safetensors: ``global_step_N/huggingface``, ``step_N/trainer, PyTorch DCP``.
     format : Format
         What they are in.
-    checkpoints : tuple of (int, Path)
+    checkpoints : tuple of (int, Path or Url)
         Step number and weights directory, as `open` takes it.
     unfinished : dict of int to str
         Steps selected but left out, because the trainer has not finished them: what shows it.
@@ -41,10 +42,10 @@ class FoundCheckpoints:
 
     layout: str
     format: Format
-    checkpoints: tuple[tuple[int, Path], ...]
+    checkpoints: tuple[tuple[int, Location], ...]
     unfinished: Mapping[int, str]
 
-    def open(self, path: Path, step: int, naming: Naming) -> SourceCheckpoint:
+    def open(self, path: Location, step: int, naming: Naming) -> SourceCheckpoint:
         """Open one of the checkpoints, its tensors under the base's names.
 
         Raises
@@ -56,7 +57,7 @@ class FoundCheckpoints:
 
 
 def find_checkpoints(
-    directory: Path,
+    directory: Location,
     pattern: str | None = None,
     steps: StepSelection | None = None,
     source: str = "auto",
@@ -75,7 +76,7 @@ def find_checkpoints(
 
     Parameters
     ----------
-    directory : Path
+    directory : Location
         What the trainer wrote its checkpoints into, or the directory of its run.
     pattern : str, optional
         Path of a checkpoint below `directory` with ``{step}`` for the digits, exactly once. ``*``
@@ -117,7 +118,7 @@ def find_checkpoints(
         root, family, matches = _match_families(directory, formats)
         pattern = family.pattern
         if root != directory:
-            pattern = f"{root.relative_to(directory).as_posix()}/{pattern}"
+            pattern = f"{relative_to(root, directory)}/{pattern}"
         by_step = _by_step(root, matches)
         unfinished = family.unfinished(root, by_step)
     else:
@@ -166,13 +167,13 @@ def find_checkpoints(
 class ListedSteps(NamedTuple):
     """Directories that stand for steps, ascending, and those that the trainer has not finished."""
 
-    directories: dict[int, Path]
+    directories: dict[int, Location]
     unfinished: dict[int, str]
     """What shows it, by step."""
 
 
 def list_steps(
-    directory: Path,
+    directory: Location,
     pattern: str | None = None,
     steps: StepSelection | None = None,
     source: str = "auto",
@@ -201,9 +202,9 @@ def list_steps(
     formats = _formats(source)
     parts = None if pattern is None else _compile_pattern(pattern)
     unfinished: dict[int, str] = {}
-    by_step: dict[int, Path] = {}
+    by_step: dict[int, Location] = {}
     if parts is not None:
-        if directory.exists():
+        if is_directory(directory):
             by_step = _by_step(directory, list(_match(directory, parts)))
     elif found := _family_in(directory, formats):
         root, family, matches = found
@@ -228,8 +229,8 @@ def _formats(source: str) -> Sequence[Format]:
 
 
 def _match_families(
-    directory: Path, formats: Sequence[Format]
-) -> tuple[Path, Family, list[tuple[int, Path]]]:
+    directory: Location, formats: Sequence[Format]
+) -> tuple[Location, Family, list[tuple[int, Location]]]:
     """Return the one known family present in a run's directory, where it is, and its steps."""
     names = list_names(directory)
     present = _family_in(directory, formats)
@@ -248,12 +249,12 @@ def _match_families(
 
 
 def _family_in(
-    directory: Path, formats: Sequence[Format]
-) -> tuple[Path, Family, list[tuple[int, Path]]] | None:
+    directory: Location, formats: Sequence[Format]
+) -> tuple[Location, Family, list[tuple[int, Location]]] | None:
     """Return the one known family in a run's directory, where it is, and its steps, if any."""
     for inside in RUN_DIRECTORIES:
         root = directory / inside
-        if not root.is_dir():
+        if not is_directory(root):
             continue
         found = {
             family: matches
@@ -274,8 +275,8 @@ def _family_in(
 
 
 def _with_weights(
-    found: Mapping[Family, list[tuple[int, Path]]], formats: Sequence[Format]
-) -> dict[Family, list[tuple[int, Path]]]:
+    found: Mapping[Family, list[tuple[int, Location]]], formats: Sequence[Format]
+) -> dict[Family, list[tuple[int, Location]]]:
     """Return the families that have a step with weights that are read.
 
     The state that some trainers write beside the weights has directories of its own.
@@ -288,7 +289,7 @@ def _with_weights(
 
 
 def _check_unfinished(
-    selected: Mapping[int, Path], unfinished: Mapping[int, str], explicit: Sequence[int]
+    selected: Mapping[int, Location], unfinished: Mapping[int, str], explicit: Sequence[int]
 ) -> str:
     """Return what is left out, unless it must not or is all there is."""
     examples = [f"{selected[step].name} ({reason})" for step, reason in unfinished.items()]
@@ -357,8 +358,8 @@ def step_finder(pattern: str) -> Callable[[str], int | None]:
 
 
 def _match(
-    directory: Path, parts: list[re.Pattern[str]], step: int = 0
-) -> Iterable[tuple[int, Path]]:
+    directory: Location, parts: list[re.Pattern[str]], step: int = 0
+) -> Iterable[tuple[int, Location]]:
     """Yield every directory below `directory` that matches the parts, with its step.
 
     Exactly one part has a group, so `step` is always replaced on the way down.
@@ -368,19 +369,19 @@ def _match(
         return
     for name in list_names(directory):
         match = parts[0].fullmatch(name)
-        if match is not None and (directory / name).is_dir():
+        if match is not None and is_directory(directory / name):
             found = int(match[1]) if parts[0].groups else step
             yield from _match(directory / name, parts[1:], found)
 
 
-def _by_step(directory: Path, matches: list[tuple[int, Path]]) -> dict[int, Path]:
+def _by_step(directory: Location, matches: list[tuple[int, Location]]) -> dict[int, Location]:
     """Return the directory of each step, ascending."""
-    by_step: dict[int, Path] = {}
+    by_step: dict[int, Location] = {}
     for step, path in sorted(matches):
         if step in by_step:
             raise SourceError(
-                f"{directory}: both {by_step[step].relative_to(directory)} and "
-                f"{path.relative_to(directory)} are step {step}; remove one of them"
+                f"{directory}: both {relative_to(by_step[step], directory)} and "
+                f"{relative_to(path, directory)} are step {step}; remove one of them"
             )
         by_step[step] = path
     return by_step
@@ -429,13 +430,15 @@ def _summarise(steps: list[int]) -> str:
     return f"{', '.join(map(str, steps[:5]))}, ..., {steps[-1]} ({len(steps)} in all)"
 
 
-def _find_weights(selected: Mapping[int, Path], formats: Sequence[Format]) -> tuple[Format, str]:
+def _find_weights(
+    selected: Mapping[int, Location], formats: Sequence[Format]
+) -> tuple[Format, str]:
     """Return the format of the weights and where they lie inside every selected directory."""
     for format_ in formats:
         for inside in format_.places:
             if all(format_.holds(path / inside) for path in selected.values()):
                 return format_, inside
-    held: dict[Path, tuple[Format, str]] = {}
+    held: dict[Location, tuple[Format, str]] = {}
     for path in selected.values():
         place = _held(path, formats)
         if place is None:
@@ -452,7 +455,7 @@ def _find_weights(selected: Mapping[int, Path], formats: Sequence[Format]) -> tu
     )
 
 
-def _held(path: Path, formats: Sequence[Format]) -> tuple[Format, str] | None:
+def _held(path: Location, formats: Sequence[Format]) -> tuple[Format, str] | None:
     """Return the first format and place that a step's directory has weights in."""
     for format_ in formats:
         for inside in format_.places:
@@ -461,7 +464,7 @@ def _held(path: Path, formats: Sequence[Format]) -> tuple[Format, str] | None:
     return None
 
 
-def _other_format(path: Path) -> tuple[str, str] | None:
+def _other_format(path: Location) -> tuple[str, str] | None:
     """Say what weights a step has in a format that was not asked for, and what to do."""
     held = _held(path, FORMATS)
     if held is None:
@@ -470,7 +473,7 @@ def _other_format(path: Path) -> tuple[str, str] | None:
     return f"{format_.title} in {inside}", f"choose --source {format_.name} or auto"
 
 
-def _no_weights(path: Path, formats: Sequence[Format]) -> SourceError:
+def _no_weights(path: Location, formats: Sequence[Format]) -> SourceError:
     """Say what was looked for and what is there: other weights, if there are any."""
     looked = "; ".join(format_.looked_for for format_ in formats)
     found, remedy = (

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SourceError, TrajectoryError
+from ..locations import Location
 from ..specs import SourceCheckpoint
 from .directories import summarise
 from .layout import FoundCheckpoints, find_checkpoints, list_steps
@@ -21,7 +21,7 @@ from .steps import StepSelection
 class Phase(NamedTuple):
     """A directory of checkpoints, and what is added to the numbers of its steps."""
 
-    directory: Path
+    directory: Location
     offset: int = 0
 
 
@@ -33,15 +33,15 @@ class FoundRun:
     ----------
     layout : str
         As in `FoundCheckpoints`; of all phases, if they differ.
-    checkpoints : tuple of (int, Path)
+    checkpoints : tuple of (int, Path or Url)
         Step number in the run, and weights directory, as `open` takes it.
     """
 
     layout: str
-    checkpoints: tuple[tuple[int, Path], ...]
-    _found_in: Mapping[Path, FoundCheckpoints]
+    checkpoints: tuple[tuple[int, Location], ...]
+    _found_in: Mapping[Location, FoundCheckpoints]
 
-    def open(self, path: Path, step: int, naming: Naming) -> SourceCheckpoint:
+    def open(self, path: Location, step: int, naming: Naming) -> SourceCheckpoint:
         """Open one of the checkpoints, its tensors under the base's names.
 
         Raises
@@ -91,8 +91,8 @@ def find_run(
         return FoundRun(
             found.layout, found.checkpoints, {path: found for _, path in found.checkpoints}
         )
-    joined: dict[int, Path] = {}
-    found_in: dict[Path, FoundCheckpoints] = {}
+    joined: dict[int, Location] = {}
+    found_in: dict[Location, FoundCheckpoints] = {}
     there: list[int] = []
     chosen = False
     for phase in phases:
@@ -126,8 +126,11 @@ def find_run(
 
 
 def _kept(
-    before: dict[int, Path], here: Mapping[int, Path], phase: Phase, replace_from: int | None
-) -> dict[int, Path]:
+    before: dict[int, Location],
+    here: Mapping[int, Location],
+    phase: Phase,
+    replace_from: int | None,
+) -> dict[int, Location]:
     """Return the steps of earlier phases that stay; refuse those that `here` does not follow."""
     if replace_from is not None:
         before = {step: path for step, path in before.items() if step < replace_from}

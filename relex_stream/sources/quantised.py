@@ -6,9 +6,10 @@ Training does not move what such files hold, and differences of packed numbers m
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 from ..errors import SourceError
+from ..listing import file_status, read_file
+from ..locations import Location
 from ..specs import TensorSpec
 from .strict_json import parse_object, shown
 
@@ -29,7 +30,7 @@ _KINDS = (
 _LONGEST_CONFIG = 16 << 20
 
 
-def refuse_quantised(directory: Path, specs: Iterable[TensorSpec]) -> None:
+def refuse_quantised(directory: Location, specs: Iterable[TensorSpec]) -> None:
     """Refuse a model whose weights are quantised.
 
     A tensor of 8-bit floats or integers alone does not make it one: it may be a buffer, which no
@@ -38,7 +39,7 @@ def refuse_quantised(directory: Path, specs: Iterable[TensorSpec]) -> None:
 
     Parameters
     ----------
-    directory : Path
+    directory : Location
         The model's, which may hold its ``config.json``.
     specs : iterable of TensorSpec
         All its tensors.
@@ -66,19 +67,19 @@ def _kind(name: str, names: Collection[str]) -> str | None:
     return None
 
 
-def _refused(directory: Path, name: str, code: str, kind: str) -> SourceError:
+def _refused(directory: Location, name: str, code: str, kind: str) -> SourceError:
     return SourceError(
         f"{directory}: the weights are quantised: tensor {shown(name)} is {code} ({kind}); "
         "dequantise the model to BF16 first, or give the one that training started from"
     )
 
 
-def _announced(config: Path) -> str | None:
+def _announced(config: Location) -> str | None:
     """Return the method of quantisation that a model's configuration names."""
     try:
-        if config.stat().st_size > _LONGEST_CONFIG:
+        if file_status(config).size > _LONGEST_CONFIG:
             return None
-        entry = parse_object(config.read_bytes()).get("quantization_config")
+        entry = parse_object(read_file(config)).get("quantization_config")
     except (OSError, ValueError):
         return None  # whether it is right is for others to say
     return str(entry.get("quant_method", "a quantisation")) if isinstance(entry, dict) else None

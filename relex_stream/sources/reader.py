@@ -16,9 +16,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SourceError
+from ..errors import RemoteError, SourceError
+from ..listing import file_status
+from ..locations import Url, location
+from ..objects import objects_at
 from ..pagecache import ask_for
 from ..specs import SourceCheckpoint
+from ..transfers import READING_BYTES, ReadAhead
 
 _MOST_OPEN = 512
 
@@ -85,6 +89,7 @@ class CheckpointReader:
         self._read: set[str] = set()
         self._lent = 0  # descriptors promised to `borrow`
         self._closed = False
+        self._ahead = ReadAhead(_range_of)  # of objects
         # Where nobody closes it: a copy that a task worked with.
         weakref.finalize(self, _close_all, self._files)
 
@@ -123,6 +128,9 @@ class CheckpointReader:
         if view.nbytes == 0:
             return  # and memoryview.cast refuses empty arrays
         view = view.cast("B")
+        if "://" in path:
+            self._read_object(path, offset, view)
+            return
         with self.borrow([path]) as (descriptor,):
             done = 0
             while done < len(view):  # one call returns at most 2 GiB, on network mounts often less
@@ -146,6 +154,8 @@ class CheckpointReader:
             False if the first of them are in memory already, and nothing was asked for; or if the
             system cannot be asked. A file that cannot be read is left to `read` to name.
         """
+        if "://" in path:
+            return self._ahead.ask(path, offset, nbytes)
         with contextlib.suppress(SourceError), self.borrow([path]) as (descriptor,):
             return ask_for(descriptor, offset, nbytes)
         return False
@@ -156,6 +166,12 @@ class CheckpointReader:
             paths = checkpoint.weights_paths
             for path, file in zip(paths, checkpoint.weights_files, strict=True):
                 self._versions.setdefault(path, (file.size, file.modified_ns))
+
+    @property
+    def reading_bytes(self) -> int:
+        """What requests to object storage hold in memory, at most."""
+        with self._changed:
+            return READING_BYTES if are_objects(self._versions) else 0
 
     def limited_to(self, paths: Iterable[str]) -> CheckpointReader:
         """Return another reader, which expects the same of some files and nothing of others.
@@ -184,12 +200,34 @@ class CheckpointReader:
             chosen = sorted(self._read) if paths is None else paths
             versions = {path: self._versions[path] for path in chosen}
         for path, version in versions.items():
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            if _version(status) != version:
+            if _version_of(path) != version:
                 raise _changed_file(path)
+
+    def _read_object(self, path: str, offset: int, view: memoryview) -> None:
+        with self._changed:
+            if self._closed:
+                raise ValueError("the reader is closed")
+            first = path not in self._read
+        if first:
+            version = _version_of(path)
+            with self._changed:
+                if self._versions.setdefault(path, version) != version:
+                    raise _changed_file(path)
+                self._read.add(path)
+        try:
+            data = self._ahead.take(path, offset, len(view))
+            if data is None:
+                data = _range_of(path, offset, len(view))
+        except RemoteError:
+            raise
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if len(data) < len(view):
+            raise SourceError(
+                f"{path}: truncated while reading: it ends at byte {offset + len(data)} where "
+                f"{offset + len(view)} expected; copy it again"
+            )
+        view[:] = data
 
     def close(self) -> None:
         """Wait for running reads, then close all files. Later reads raise ValueError."""
@@ -234,6 +272,7 @@ class CheckpointReader:
         SourceError
             If a file cannot be opened, or changed since first opened.
         """
+        assert not are_objects(paths), "objects have no descriptors"
         if len(paths) > self.max_open:
             raise ValueError(
                 f"{len(paths)} files asked for at once, at most {self.max_open} may be"
@@ -299,6 +338,11 @@ class CheckpointReader:
         os.close(self._files.pop(idle).descriptor)
 
 
+def are_objects(paths: Iterable[str]) -> bool:
+    """Say whether files are on object storage: those of a checkpoint all are, or none."""
+    return any("://" in path for path in paths)
+
+
 def _close_all(files: OrderedDict[str, _OpenFile]) -> None:
     while files:
         os.close(files.popitem()[1].descriptor)
@@ -335,13 +379,29 @@ def _read_at(descriptor: int, offset: int, view: memoryview) -> int:
     return len(data)
 
 
+def _version_of(path: str) -> _Version:
+    try:
+        size, modified_ns, _ = file_status(location(path))
+    except RemoteError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return size, modified_ns
+
+
+def _range_of(path: str, offset: int, nbytes: int) -> bytes:
+    url = Url.parse(path)
+    return objects_at(url.parent).get_range(url.name, offset, nbytes)
+
+
 def _version(status: os.stat_result) -> _Version:
     return status.st_size, status.st_mtime_ns
 
 
 def _unreadable(path: str, error: OSError) -> SourceError:
     return SourceError(
-        f"{path}: cannot be read: {error.strerror}; check that it is still there and readable"
+        f"{path}: cannot be read: {error.strerror or error}; check that it is still there and "
+        "readable"
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SourceError
-from .directories import list_names, summarise
+from ..listing import file_status, is_directory, list_names, read_file
+from ..locations import Location, relative_to
+from .directories import summarise
 from .strict_json import shown
 
 _MERGE = "merge to safetensors first, e.g. with the trainer's own model merger"
@@ -68,12 +69,12 @@ _LARGEST_METADATA = 1 << 20
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer)\.")
 
 
-def recognise_weights(directory: Path) -> tuple[str, str] | None:
+def recognise_weights(directory: Location) -> tuple[str, str] | None:
     """Recognise weights in a format that is not read here.
 
     Parameters
     ----------
-    directory : Path
+    directory : Location
         Any path; it need not exist.
 
     Returns
@@ -81,7 +82,7 @@ def recognise_weights(directory: Path) -> tuple[str, str] | None:
     tuple of str or None
         What they are, with names of files, and what to do about it as an imperative clause.
     """
-    names = list_names(directory) if directory.is_dir() else []
+    names = list_names(directory) if is_directory(directory) else []
     if is_megatron(directory, names):
         return f"a Megatron distributed checkpoint ({summarise(names)})", _MEGATRON
     return recognise_names(names)
@@ -96,7 +97,7 @@ def recognise_names(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
-def recognise_inside(step: Path) -> tuple[str, str] | None:
+def recognise_inside(step: Location) -> tuple[str, str] | None:
     """Recognise weights in a step's directory, wherever trainers put theirs, as above.
 
     The place is told with what is there.
@@ -108,21 +109,21 @@ def recognise_inside(step: Path) -> tuple[str, str] | None:
                 name
                 for name in list_names(place)
                 if any(fnmatch.fnmatchcase(name, pattern) for pattern in _NESTED)
-                and (place / name).is_dir()
+                and is_directory(place / name)
             ]
-            if place.is_dir()
+            if is_directory(place)
             else []
         )
         for path in (place, *(place / name for name in nested)):
             recognised = recognise_weights(path)
             if recognised is not None:
                 what, remedy = recognised
-                where = path.relative_to(step).as_posix()
+                where = relative_to(path, step)
                 return f"{what}{'' if where == '.' else f' in {where}'}", remedy
     return None
 
 
-def refuse_adapter(where: Path, names: Iterable[str]) -> None:
+def refuse_adapter(where: Location, names: Iterable[str]) -> None:
     """Refuse weights of an adapter, which are no model's.
 
     Raises
@@ -138,7 +139,7 @@ def refuse_adapter(where: Path, names: Iterable[str]) -> None:
             )
 
 
-def is_megatron(directory: Path, names: list[str]) -> bool:
+def is_megatron(directory: Location, names: list[str]) -> bool:
     """Return whether a directory, with its names, is a checkpoint of Megatron's own.
 
     It may hold the files of a PyTorch distributed checkpoint; the tensors in them are those of
@@ -150,8 +151,8 @@ def is_megatron(directory: Path, names: list[str]) -> bool:
     try:
         return (
             "metadata.json" in names
-            and path.stat().st_size <= _LARGEST_METADATA
-            and b'"sharded_backend"' in path.read_bytes()
+            and file_status(path).size <= _LARGEST_METADATA
+            and b'"sharded_backend"' in read_file(path)
         )
     except OSError:
         return False

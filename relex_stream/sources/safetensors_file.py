@@ -7,13 +7,14 @@ places and it lets duplicate names pass, so the header is parsed here.
 from __future__ import annotations
 
 import os
-import stat
-from pathlib import Path
+import tempfile
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import SourceError
+from ..errors import RemoteError, SourceError
+from ..listing import FileStatus, file_status, read_start
+from ..locations import Location, Url
 from ..specs import DTYPES, FilePart, TensorPlace, TensorSpec, WeightsFile
 from .strict_json import parse_object, shown
 
@@ -21,6 +22,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header the format allows."""
 
 _LENGTH_BYTES = 8
+_LIKELY_HEADER_BYTES = 64 << 10  # asked for at once of an object, so that most take one request
 _MAX_DIMENSIONS = 64  # numpy's own limit; bounds the work of multiplying a shape
 _MAX_INTEGER = 2**63 - 1
 _METADATA = "__metadata__"
@@ -31,7 +33,9 @@ class _UnsupportedDTypeError(ValueError):
     """The header may be fine, but weights of this dtype (packed ones, say) cannot be handled."""
 
 
-def read_weights_file(path: Path, relative_path: str) -> tuple[WeightsFile, dict[str, TensorPlace]]:
+def read_weights_file(
+    path: Location, relative_path: str
+) -> tuple[WeightsFile, dict[str, TensorPlace]]:
     """Read and check the header of a safetensors file, but for what it says of itself.
 
     As `read_header`, without the metadata.
@@ -41,13 +45,13 @@ def read_weights_file(path: Path, relative_path: str) -> tuple[WeightsFile, dict
 
 
 def read_header(
-    path: Path, relative_path: str
+    path: Location, relative_path: str
 ) -> tuple[WeightsFile, dict[str, TensorPlace], dict[str, str]]:
     """Read and check the header of a safetensors file.
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
         The file; it is read up to the end of its header only.
     relative_path : str
         Its path within the checkpoint directory, kept in the result.
@@ -69,7 +73,7 @@ def read_header(
         tensors of known dtypes that cover the file's data without gap, overlap or rest.
     """
     raw_header, status = _read_header(path)
-    size = status.st_size
+    size = status.size
     checked = _last_checked.get(relative_path)
     if checked is None or (checked.raw, checked.size) != (raw_header, size):
         checked = _check(path, raw_header, size)
@@ -80,7 +84,7 @@ def read_header(
     places = {
         spec.name: TensorPlace(spec, where, start + begin) for spec, begin, _ in checked.tensors
     }
-    file = WeightsFile(relative_path, size, status.st_mtime_ns, checked.parts)
+    file = WeightsFile(relative_path, size, status.modified_ns, checked.parts)
     return file, places, checked.metadata
 
 
@@ -100,7 +104,7 @@ _last_checked: dict[str, _Checked] = {}
 _MOST_KEPT = 4096
 
 
-def _check(path: Path, raw_header: bytes, size: int) -> _Checked:
+def _check(path: Location, raw_header: bytes, size: int) -> _Checked:
     try:
         tensors, metadata = _parse_header(raw_header[_LENGTH_BYTES:])
     except _UnsupportedDTypeError as error:
@@ -110,48 +114,61 @@ def _check(path: Path, raw_header: bytes, size: int) -> _Checked:
             f"{path}: bad safetensors header: {error}; copy the file again or save it anew"
         ) from None
     _check_coverage(path, tensors, len(raw_header), size)
-    _check_with_library(path)
+    _check_with_library(path, raw_header, size)
     parts = (FilePart(literal=raw_header), *(FilePart(tensor=spec.name) for spec, _, _ in tensors))
     return _Checked(raw_header, size, tensors, parts, metadata)
 
 
-def _read_header(path: Path) -> tuple[bytes, os.stat_result]:
+def _read_header(path: Location) -> tuple[bytes, FileStatus]:
     """Return the length field with the header, and the file's status; limits come before reads."""
     try:
         # Opening a pipe would wait for its writer, so look before opening.
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = file_status(path)
+        if not status.is_regular:
             raise SourceError(f"{path}: not a regular file, so it cannot be a weights file")
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            size = status.st_size
-            prefix = file.read(_LENGTH_BYTES)
-            if len(prefix) < _LENGTH_BYTES:
-                raise _truncated(path, size, "at least 8")
-            if prefix == b"version ":
-                raise SourceError(
-                    f"{path}: a Git LFS pointer instead of weights; fetch them with 'git lfs pull'"
-                )
-            length = int.from_bytes(prefix, "little")
-            if length > MAX_HEADER_BYTES:
-                raise SourceError(
-                    f"{path}: not a safetensors file: it announces a header of {length} bytes, the "
-                    f"format allows {MAX_HEADER_BYTES}; copy it again or convert it to safetensors"
-                )
-            if _LENGTH_BYTES + length > size:
-                raise _truncated(path, size, f"at least {_LENGTH_BYTES + length}")
-            header = file.read(length)
-    except SourceError:
+        if isinstance(path, Url):
+            start = read_start(path, min(_LIKELY_HEADER_BYTES, status.size))
+            length = _header_length(path, start[:_LENGTH_BYTES], status.size)
+            if len(start) < _LENGTH_BYTES + length:
+                start = read_start(path, _LENGTH_BYTES + length)
+            raw = start[: _LENGTH_BYTES + length]
+        else:
+            with path.open("rb") as file:
+                opened = os.fstat(file.fileno())
+                status = FileStatus(opened.st_size, opened.st_mtime_ns, is_regular=True)
+                prefix = file.read(_LENGTH_BYTES)
+                length = _header_length(path, prefix, status.size)
+                raw = prefix + file.read(length)
+    except (SourceError, RemoteError):
         raise
     except OSError as error:
         raise SourceError(
             f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
         ) from error
-    if len(header) < length:
-        raise _truncated(path, _LENGTH_BYTES + len(header), f"at least {_LENGTH_BYTES + length}")
-    return prefix + header, status
+    if len(raw) < _LENGTH_BYTES + length:
+        raise _truncated(path, len(raw), f"at least {_LENGTH_BYTES + length}")
+    return raw, status
 
 
-def _truncated(path: Path, size: int, expected: str) -> SourceError:
+def _header_length(path: Location, prefix: bytes, size: int) -> int:
+    if len(prefix) < _LENGTH_BYTES:
+        raise _truncated(path, size, "at least 8")
+    if prefix == b"version ":
+        raise SourceError(
+            f"{path}: a Git LFS pointer instead of weights; fetch them with 'git lfs pull'"
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(
+            f"{path}: not a safetensors file: it announces a header of {length} bytes, the "
+            f"format allows {MAX_HEADER_BYTES}; copy it again or convert it to safetensors"
+        )
+    if _LENGTH_BYTES + length > size:
+        raise _truncated(path, size, f"at least {_LENGTH_BYTES + length}")
+    return length
+
+
+def _truncated(path: Location, size: int, expected: str) -> SourceError:
     return SourceError(f"{path}: truncated: {size} bytes where {expected} expected; copy it again")
 
 
@@ -210,7 +227,7 @@ def _are_sizes(value: object) -> bool:
 
 
 def _check_coverage(
-    path: Path, tensors: list[tuple[TensorSpec, int, int]], start: int, size: int
+    path: Location, tensors: list[tuple[TensorSpec, int, int]], start: int, size: int
 ) -> None:
     """Check that the tensors, in the order of their bytes, cover the file from `start` exactly."""
     covered = 0
@@ -232,15 +249,23 @@ def _check_coverage(
         )
 
 
-def _check_with_library(path: Path) -> None:
+def _check_with_library(path: Location, raw_header: bytes, size: int) -> None:
     """Let safetensors itself validate the file: opening maps it and checks the header only.
 
     This comes after our own checks because their messages are clearer, and an empty or cut file
-    never gets mapped.
+    never gets mapped. It needs a file: of an object, one with its header and a hole behind that.
     """
     try:
-        with safe_open(path, framework="np"):
-            pass
+        if isinstance(path, Url):
+            with tempfile.NamedTemporaryFile(prefix="relex-header-") as file:
+                file.write(raw_header)
+                file.flush()
+                os.truncate(file.name, size)
+                with safe_open(file.name, framework="np"):
+                    pass
+        else:
+            with safe_open(path, framework="np"):
+                pass
     except (SafetensorError, OSError) as error:
         raise SourceError(
             f"{path}: refused by the safetensors library: {error}; copy the file again or save it "

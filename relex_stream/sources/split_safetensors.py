@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SourceError
+from ..listing import is_directory, list_names
+from ..locations import Location
 from ..specs import (
     Box,
     FilePart,
@@ -24,7 +26,6 @@ from ..specs import (
     WeightsFile,
 )
 from .checkpoint import sort_files
-from .directories import list_names
 from .naming import Naming
 from .pieces import hull, join_pieces
 from .quantised import refuse_quantised
@@ -46,9 +47,9 @@ class _Shard(NamedTuple):
     parts: dict[str, tuple[TensorSpec, Piece]]  # the spec is the part's own
 
 
-def holds_split(directory: Path) -> bool:
+def holds_split(directory: Location) -> bool:
     """Return whether a directory has files that `open_split` would start from."""
-    return directory.is_dir() and bool(fnmatch.filter(list_names(directory), SHARDS))
+    return is_directory(directory) and bool(fnmatch.filter(list_names(directory), SHARDS))
 
 
 def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:

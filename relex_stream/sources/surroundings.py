@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from .directories import list_files, list_names
+from ..listing import list_names
+from .directories import list_files
 
 _BELOW_STEP = (
     "policy/weights/model",  # NeMo-RL

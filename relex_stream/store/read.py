@@ -6,26 +6,22 @@ shows the commits that HEAD named when it was opened; later appends do not distu
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream.codec import HEADER, frame_crc
-from relex_stream.errors import CorruptionError, OptionError, StoreError
-from relex_stream.pagecache import ask_for
+from relex_stream.errors import CorruptionError, OptionError, RemoteError, StoreError
+from relex_stream.locations import Location, location
 from relex_stream.specs import STEP_GROUP
 from relex_stream.store import arrays
 from relex_stream.store.records import (
@@ -40,6 +36,8 @@ from relex_stream.store.records import (
     decode_head,
     decode_manifest,
 )
+from relex_stream.store.spool import Spool
+from relex_stream.store.storage import Storage, storage_at
 
 HEAD_NAME = "HEAD"
 
@@ -60,13 +58,30 @@ class _Tables:
     delta_sq: NDArray[np.float64]
 
 
+class RecordReader(Protocol):
+    """Reads records: from a store's directory, or once fetched from object storage."""
+
+    def read(self, key: str) -> bytes:
+        """As in `Storage`."""
+
+    def read_into(self, key: str, pieces: Sequence[tuple[int, NDArray[np.uint8]]]) -> bool:
+        """As in `Storage`."""
+
+    def size(self, key: str) -> int:
+        """As in `Storage`."""
+
+
 class Store:
     """A committed trajectory: base, steps, and for every step how it differs from the one before.
 
     Parameters
     ----------
-    path : Path
-        The store's directory.
+    path : Path or Url
+        The store's directory, or where it is on object storage.
+    head : Head, optional
+        What HEAD holds, if it was read already.
+    records : RecordReader, optional
+        One that has read records of this store already.
 
     Raises
     ------
@@ -76,10 +91,20 @@ class Store:
         If HEAD or the manifest is damaged.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: Location | str,
+        *,
+        head: Head | None = None,
+        records: RecordReader | None = None,
+    ) -> None:
+        self.path = location(path)
+        self.storage: Storage = storage_at(self.path)
+        self.records: RecordReader = records or (
+            self.storage if self.storage.is_local else Spool(self.storage)
+        )
         self._records_checked = False
-        self.head: Head = read_head(self.path)
+        self.head: Head = head or read_head(self.path)
         self.manifest: Manifest = decode_manifest(self._record_bytes(self.head.manifest))
         self.tensors: dict[str, StoredTensor] = {
             tensor.name: tensor for tensor in self.manifest.tensors
@@ -138,13 +163,15 @@ class Store:
             raise CorruptionError(f"{what} does not follow the one before it")
         return commit
 
-    def record_path(self, name: RecordName) -> Path:
-        """Return the path of a record."""
-        return self.path / name.path
+    def record_bytes(self, row: int) -> int:
+        """Return the size of a row's record."""
+        return self.records.size(self.head.commits[row].path)
 
     def _record_bytes(self, name: RecordName) -> bytes:
         try:
-            data = self.record_path(name).read_bytes()
+            data = self.records.read(name.path)
+        except RemoteError:
+            raise
         except OSError as error:
             raise CorruptionError(f"{self.path}: record {name.path} is missing: {error}") from error
         if google_crc32c.value(data) != name.crc32c:
@@ -157,6 +184,8 @@ class Store:
         frame_bytes, frame_crc, changed = (np.zeros(shape, np.uint32) for _ in range(3))
         delta_sq = np.zeros((len(self.steps), len(self.tensors)))
         tables = _Tables(frame_bytes, frame_crc, changed, delta_sq)
+        if isinstance(self.records, Spool):
+            self.records.fetch(name.path for name in self.head.commits)
         for row in range(len(self.steps)):
             columns = {name: table[row] for name, table in tables.__dict__.items()}
             if self._records_checked:
@@ -218,15 +247,30 @@ class Store:
 
     def _read_columns(self, row: int, wanted: Mapping[str, tuple[int, NDArray[Any]]]) -> None:
         """Fill arrays from columns of a record, each from an offset in bytes on; unchecked."""
-        path = self.record_path(self.head.commits[row])
+        key = self.head.commits[row].path
         starts = self._column_starts.get(row)
-        with path.open("rb", buffering=0) as file:
-            if starts is None:
-                starts = self._column_starts[row] = _column_starts_of(file)
-            for name, (offset, out) in wanted.items():
-                done = os.preadv(file.fileno(), [out.data], starts[name] + offset)
-                if done != out.nbytes:
-                    raise CorruptionError(f"{self.path}: record {path.name} is cut short")
+        if starts is None:
+            starts = self._column_starts[row] = self._column_starts_of(key)
+        pieces = [
+            (starts[name] + offset, out.reshape(-1).view(np.uint8))
+            for name, (offset, out) in wanted.items()
+        ]
+        if not self.records.read_into(key, pieces):
+            raise CorruptionError(f"{self.path}: record {key} is cut short")
+
+    def _column_starts_of(self, key: str) -> dict[str, int]:
+        """Return where the columns of a record begin."""
+        length = np.empty(1, "<u8")
+        whole = self.records.read_into(key, [(0, length.view(np.uint8))])
+        if not whole or int(length[0]) > self.records.size(key):
+            raise CorruptionError(f"{self.path}: record {key} is cut short")
+        header = np.empty(int(length[0]), np.uint8)
+        self.records.read_into(key, [(8, header)])
+        return {
+            name: 8 + header.size + place["data_offsets"][0]
+            for name, place in json.loads(header.tobytes()).items()
+            if name != "__metadata__"
+        }
 
     @cached_property
     def _column_starts(self) -> dict[int, dict[str, int]]:
@@ -334,13 +378,7 @@ class Store:
             if not wanted:
                 continue
             key = arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
-            # What is missing is named when it is read.
-            with contextlib.suppress(OSError):
-                descriptor = os.open(f"{self.path}/{key}", os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    asked.append(ask_for(descriptor, 0, wanted))
-                finally:
-                    os.close(descriptor)
+            asked.append(self.storage.advise(key, 0, wanted))
         return any(asked) or not asked
 
     def read_base_frame(self, tensor: StoredTensor, block: int) -> memoryview | None:
@@ -356,29 +394,31 @@ class Store:
 
     def _read_chunk(self, key: str, offset: int, out: NDArray[np.uint8], where: str) -> None:
         try:
-            descriptor = os.open(f"{self.path}/{key}", os.O_RDONLY | os.O_CLOEXEC)
+            whole = self.storage.read_into(key, ((offset, out),))
         except FileNotFoundError:
             raise CorruptionError(
                 f"{self.path}: {where}: chunk {key} is committed but missing"
             ) from None
-        try:
-            done = 0
-            while done < out.size:
-                count = os.preadv(descriptor, [out[done:].data], offset + done)
-                if not count:
-                    raise CorruptionError(
-                        f"{self.path}: {where}: chunk {key} is cut short: it ends at byte "
-                        f"{os.fstat(descriptor).st_size}, committed frames go on"
-                    )
-                done += count
-        finally:
-            os.close(descriptor)
+        if not whole:
+            raise CorruptionError(
+                f"{self.path}: {where}: chunk {key} is cut short: it ends at byte "
+                f"{self.storage.size(key)}, committed frames go on"
+            )
 
     # --- blobs ----------------------------------------------------------------------------------
 
-    def blob_path(self, sha256: str) -> Path:
-        """Return the path of a blob."""
-        return blob_path(self.path, sha256)
+    def blob_size(self, sha256: str) -> int:
+        """Return the bytes of a blob.
+
+        Raises
+        ------
+        CorruptionError
+            If it is missing.
+        """
+        try:
+            return self.storage.size(blob_key(sha256))
+        except FileNotFoundError as error:
+            raise CorruptionError(f"{self.path}: blob {sha256} is missing: {error}") from error
 
     def blob(self, sha256: str) -> bytes:
         """Return a blob's bytes, checked against its name.
@@ -389,7 +429,9 @@ class Store:
             If it is missing or does not match.
         """
         try:
-            data = self.blob_path(sha256).read_bytes()
+            data = self.storage.read(blob_key(sha256))
+        except RemoteError:
+            raise
         except OSError as error:
             raise CorruptionError(f"{self.path}: blob {sha256} is missing: {error}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -416,29 +458,7 @@ class Store:
 
     def stored_bytes(self) -> int:
         """Return the bytes of all files of the store."""
-        return _bytes_below(str(self.path))
-
-
-def _column_starts_of(file: IO[bytes]) -> dict[str, int]:
-    """Return where the columns of a record begin."""
-    (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(length))
-    return {
-        name: 8 + length + place["data_offsets"][0]
-        for name, place in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _bytes_below(directory: str) -> int:
-    total = 0
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                total += _bytes_below(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                total += entry.stat(follow_symlinks=False).st_size
-    return total
+        return self.storage.total_bytes()
 
 
 class SketchReader:
@@ -484,7 +504,7 @@ class SketchReader:
         return sketches[:, here], scales[:, here]
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: Location) -> Head:
     """Read HEAD of the store at `path`.
 
     Raises
@@ -493,27 +513,40 @@ def read_head(path: Path) -> Head:
         If there is no store there.
     """
     try:
-        data = (path / HEAD_NAME).read_bytes()
+        data = storage_at(path).read(HEAD_NAME)
     except (FileNotFoundError, NotADirectoryError):
-        if not path.exists():
+        if not storage_at(path).exists():
             raise StoreError(f"no store at {path}: nothing is there") from None
         raise StoreError(
             f"{path} is not a relex-stream store, or its first build never finished: "
             "it has no HEAD; make one with relex-stream build-store"
         ) from None
+    except RemoteError:
+        raise
     except OSError as error:
         raise StoreError(f"cannot read the store at {path}: {error}") from error
+    return head_at(path, data)
+
+
+def head_at(path: Location, data: bytes) -> Head:
+    """Take apart the HEAD of the store at `path`.
+
+    Raises
+    ------
+    CorruptionError, StoreError
+        If it is damaged, or of a newer format.
+    """
     try:
         return decode_head(data)
     except StoreError as error:
         raise type(error)(f"{path}: {error}") from error
 
 
-def blob_path(root: Path, sha256: str) -> Path:
+def blob_key(sha256: str) -> str:
     """Return where a blob is kept."""
     if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-        raise CorruptionError(f"{root}: {sha256!r} is no blob's name")
-    return root / "blobs" / sha256
+        raise CorruptionError(f"{sha256!r} is no blob's name")
+    return f"blobs/{sha256}"
 
 
 @lru_cache(maxsize=64)

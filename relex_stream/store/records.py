@@ -233,12 +233,17 @@ class RecordName:
 
 @dataclass(frozen=True)
 class Head:
-    """What exists: the manifest and the committed steps with their records, in row order."""
+    """What exists: the manifest and the committed steps with their records, in row order.
+
+    ``fence`` makes it differ from every HEAD before, on object storage, once something was taken
+    away there.
+    """
 
     manifest: RecordName
     steps: tuple[int, ...]
     commits: tuple[RecordName, ...]
     format: int = 1
+    fence: str | None = None
 
 
 def _format_of(files: Iterable[FileEntry]) -> int:
@@ -446,7 +451,7 @@ def decode_commit(data: bytes, manifest: Manifest, what: str) -> Commit:
 
 def encode_head(head: Head) -> bytes:
     """Return HEAD as bytes: JSON with a checksum of itself."""
-    body = {
+    body: dict[str, Any] = {
         "format": head.format,
         "manifest": [head.manifest.path, head.manifest.crc32c],
         "commits": [
@@ -454,6 +459,8 @@ def encode_head(head: Head) -> bytes:
             for step, name in zip(head.steps, head.commits, strict=True)
         ],
     }
+    if head.fence is not None:
+        body["fence"] = head.fence
     body["crc32c"] = _body_crc(body)
     return (json.dumps(body, indent=1) + "\n").encode()
 
@@ -478,6 +485,9 @@ def decode_head(data: bytes) -> Head:
         names = [RecordName(str(path), int(crc)) for _, path, crc in body["commits"]]
         steps = tuple(int(step) for step, _, _ in body["commits"])
         manifest = RecordName(*body["manifest"])
+        fence = body.get("fence")
+        if fence is not None and not isinstance(fence, str):
+            raise ValueError("its fence is no text")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"HEAD of the store is damaged: {error}") from error
     if any(b <= a for a, b in pairwise((0, *steps, MAX_STEP + 1))):
@@ -485,7 +495,7 @@ def decode_head(data: bytes) -> Head:
     for name in (manifest, *names):
         if posixpath.dirname(name.path) != "commits":
             raise CorruptionError(f"HEAD of the store names a record elsewhere: {name.path!r}")
-    return Head(manifest, steps, tuple(names), body["format"])
+    return Head(manifest, steps, tuple(names), body["format"], fence)
 
 
 def _body_crc(body: dict[str, Any]) -> int:
