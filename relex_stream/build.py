@@ -21,6 +21,7 @@ from relex_stream import machine, planner
 from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
 from relex_stream.cast_savings import cast_savings
+from relex_stream.chains import in_order
 from relex_stream.errors import (
     OptionError,
     RelexStreamWarning,
@@ -34,6 +35,7 @@ from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.listing import read_file
 from relex_stream.locations import Location, lies_in, location, relative_to
 from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files, match_checkpoint
+from relex_stream.patches import Patches
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
 from relex_stream.sources import (
     CheckpointReader,
@@ -57,6 +59,7 @@ from relex_stream.store.records import (
     place_tensors,
 )
 from relex_stream.summaries import BuildSummary, CastSavings, Plan, StagePlan
+from relex_stream.unpacking import unpack, unpacking_bytes
 from relex_stream.warmup import warm_up_encoding
 
 _Place = TypeVar("_Place")
@@ -128,12 +131,19 @@ def build(
             found,
             partial(found.open, naming=naming),
             reader,
+            base_checkpoint,
             cast=bool(cast),
             replace_from=replace_from,
             progress=progress,
         )
         committed = writer.store
-        opened: Iterator[SourceCheckpoint] = (found.open(path, step, naming) for step, path in todo)
+        opened = in_order(
+            (found.open(path, step, naming) for step, path in todo),
+            committed.steps[-1] if committed and committed.steps else 0,
+            found.there,
+            cast=bool(cast),
+            is_local=executor.is_local,
+        )
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
             check_base_layout(committed, base_checkpoint)
@@ -154,8 +164,8 @@ def build(
         places: list[CheckpointPlaces] = []
         files = {}
         for checkpoint in opened:
-            name = _name_in(checkpoints, location(checkpoint.directory))
             before = places[-1] if places else None
+            name = _name_in(checkpoints, location(checkpoint.directory))
             matched = match_checkpoint(checkpoint, tensors, name, before, cast=bool(cast))
             places.append(matched)
             # Now, and not when its batch is committed: it would have to be opened again.
@@ -270,6 +280,7 @@ def _steps_to_add(
     found: FoundRun,
     open_step: OpenStep,
     reader: CheckpointReader,
+    base: SourceCheckpoint,
     *,
     cast: bool,
     replace_from: int | None,
@@ -289,7 +300,7 @@ def _steps_to_add(
     todo, skipped = split_found(found.checkpoints, kept)
     if todo and skipped:
         again = [(step, path) for step, path in found.checkpoints if step in skipped]
-        _refuse_fork(store, again, open_step, reader, cast=cast)
+        _refuse_fork(store, again, open_step, reader, base, cast=cast)
     if len(kept) == len(store.steps):
         return todo, skipped
     if not todo:
@@ -298,9 +309,11 @@ def _steps_to_add(
             "of those stored; to take them back alone, use drop"
         )
     # Those that come instead must be ones that can: what is taken back is gone.
-    for step, path in todo:
-        match_checkpoint(open_step(path, step), store.manifest.tensors, "", cast=cast)
-    dropped = writer.drop_after(kept[-1] if kept else 0)
+    last = kept[-1] if kept else 0
+    opened = (open_step(path, step) for step, path in todo)
+    for checkpoint in in_order(opened, last, found.there, cast=cast):
+        match_checkpoint(checkpoint, store.manifest.tensors, "", cast=cast)
+    dropped = writer.drop_after(last)
     progress.note(f"taken back, to be replaced: {describe_steps(dropped)}")
     return todo, skipped
 
@@ -310,6 +323,7 @@ def _refuse_fork(
     again: Sequence[tuple[int, Location]],
     open_step: OpenStep,
     reader: CheckpointReader,
+    base: SourceCheckpoint,
     *,
     cast: bool,
 ) -> None:
@@ -324,7 +338,7 @@ def _refuse_fork(
     """
 
     def differs(step: int, path: Location) -> bool:
-        return not is_stored(store, open_step(path, step), reader, cast=cast)
+        return not is_stored(store, open_step(path, step), reader, base, cast=cast)
 
     if not differs(*again[-1]):
         return
@@ -442,7 +456,10 @@ class _Job:
             tasks=self.shape.blocks,
             read_bytes=sum(place.nbytes for place in places) + self.base_checkpoint.nbytes,
             write_bytes=0,
-            worker_bytes=planner.ingest_worker_bytes(self.shape, widest),
+            worker_bytes=max(
+                planner.ingest_worker_bytes(self.shape, widest),
+                unpacking_bytes(self.shape.largest_block_bytes),
+            ),
         )
         shared = planner.ingest_shared_bytes(
             self.shape,
@@ -450,6 +467,7 @@ class _Job:
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
             max((place.table.file.size for place in places), default=0),
+            sum(place.patch is not None for place in places),
         )
         shared += self.writer.transfer_bytes + self.reader.reading_bytes
         return planner.make_plan([stage], self.capacity, shared_bytes=shared)
@@ -462,16 +480,28 @@ class _Job:
         while places:
             steps = self._batch_steps(places, self._rows, commit_steps)
             batch, places = places[:steps], places[steps:]
-            added += map(_Added.of, self._ingest_batch(batch, plan.workers))
+            with self._unpack(batch, plan.workers) as patches:
+                # What it has no room for comes next.
+                places = [*batch[patches.steps :], *places]
+                batch = batch[: patches.steps]
+                added += map(_Added.of, self._ingest_batch(batch, patches, plan.workers))
         return added
 
-    def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> list[Commit]:
+    def _unpack(self, batch: Sequence[CheckpointPlaces], workers: int) -> Patches:
+        reader = self.reader.limited_to({path for place in batch for path in place.files})
+        return unpack(
+            self.writer.path, batch, self.tensors, reader, workers=workers, progress=self.progress
+        )
+
+    def _ingest_batch(
+        self, batch: Sequence[CheckpointPlaces], patches: Patches, workers: int
+    ) -> list[Commit]:
         store, rows = self.writer.store, self._rows
         self.writer.allocate(self.tensors, rows + len(batch), include_base=self.include_base)
         files = {path for place in batch for path in place.files}
         files.update(self.base_checkpoint.weights_paths)
         with self.reader.limited_to(files) as reader:
-            results = self._encode(batch, reader, workers)
+            results = self._encode(batch, patches, reader, workers)
             reader.verify_unchanged(files)
         manifest = store.manifest if store else self._manifest(results)
         commits = self._commits(batch, results)
@@ -488,7 +518,11 @@ class _Job:
         return commits
 
     def _encode(
-        self, batch: Sequence[CheckpointPlaces], reader: CheckpointReader, workers: int
+        self,
+        batch: Sequence[CheckpointPlaces],
+        patches: Patches,
+        reader: CheckpointReader,
+        workers: int,
     ) -> dict[int, TensorResult]:
         """Write the frames of a batch; return what is to be told of them, by tensor."""
         store = self.writer.store
@@ -499,6 +533,7 @@ class _Job:
             base=BaseWeights(store, self.base_checkpoint, reader),
             reader=reader,
             checkpoints=batch,
+            patches=patches if patches.nbytes else None,
             seed=self.seed,
             sketch_width=self.shape.sketch_width,
             allow_nonfinite=self.allow_nonfinite,

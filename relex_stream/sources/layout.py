@@ -38,12 +38,15 @@ class FoundCheckpoints:
         Step number and weights directory, as `open` takes it.
     unfinished : dict of int to str
         Steps selected but left out, because the trainer has not finished them: what shows it.
+    there : tuple of int
+        All steps in the directory, selected and finished or not.
     """
 
     layout: str
     format: Format
     checkpoints: tuple[tuple[int, Location], ...]
     unfinished: Mapping[int, str]
+    there: tuple[int, ...]
 
     def open(self, path: Location, step: int, naming: Naming) -> SourceCheckpoint:
         """Open one of the checkpoints, its tensors under the base's names.
@@ -150,7 +153,7 @@ def find_checkpoints(
         if step not in may_lack or _held(path, formats) is not None
     }
     if not selected:
-        return FoundCheckpoints(layout, formats[0], (), unfinished)
+        return FoundCheckpoints(layout, formats[0], (), unfinished, tuple(by_step))
     chosen, inside = _find_weights(selected, formats)
     if inside != ".":
         layout = f"{layout}/{inside}"
@@ -161,6 +164,7 @@ def find_checkpoints(
         chosen,
         tuple((step, path / inside) for step, path in selected.items()),
         unfinished,
+        tuple(by_step),
     )
 
 
@@ -220,7 +224,7 @@ def list_steps(
 
 def _formats(source: str) -> Sequence[Format]:
     if source == "auto":
-        return FORMATS
+        return [format_ for format_ in FORMATS if format_.is_detected]
     chosen = [format_ for format_ in FORMATS if format_.name == source]
     if not chosen:
         names = ", ".join(format_.name for format_ in FORMATS)
