@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from relex_stream.base_weights import BaseWeights, check_base_layout
 from relex_stream.blocks import BlockOf, float_pairs, model_shape
 from relex_stream.cast_savings import cast_savings
 from relex_stream.chains import in_order
+from relex_stream.digests import check_digests
 from relex_stream.errors import (
     OptionError,
     RelexStreamWarning,
@@ -37,6 +38,7 @@ from relex_stream.locations import Location, lies_in, location, relative_to
 from relex_stream.matching import CheckpointPlaces, describe_tensors, kept_files, match_checkpoint
 from relex_stream.patches import Patches
 from relex_stream.sketch import SKETCH_MIN_ELEMENTS, SKETCH_WIDTH
+from relex_stream.source_blocks import SourceBlocks
 from relex_stream.sources import (
     CheckpointReader,
     FoundRun,
@@ -501,6 +503,16 @@ class _Job:
         files = {path for place in batch for path in place.files}
         files.update(self.base_checkpoint.weights_paths)
         with self.reader.limited_to(files) as reader:
+            check_digests(
+                self.executor,
+                batch,
+                self.tensors,
+                SourceBlocks(reader, batch, patches),
+                store=store,
+                base=BaseWeights(store, self.base_checkpoint, reader),
+                workers=workers,
+                progress=self.progress,
+            )
             results = self._encode(batch, patches, reader, workers)
             reader.verify_unchanged(files)
         manifest = store.manifest if store else self._manifest(results)
