@@ -139,7 +139,13 @@ def find_checkpoints(
             stacklevel=2,
         )
     selected = select_steps(directory, by_step, steps)
-    unfinished = {step: reason for step, reason in unfinished.items() if step in selected}
+    # Of what the store has, marks may be gone with the weights.
+    gone = {
+        step for step in may_lack if step in selected and _held(selected[step], formats) is None
+    }
+    unfinished = {
+        step: reason for step, reason in unfinished.items() if step in selected and step not in gone
+    }
     if unfinished:
         explicit = steps.explicit if steps is not None else ()
         warnings.warn(
@@ -147,11 +153,7 @@ def find_checkpoints(
         )
         selected = {step: path for step, path in selected.items() if step not in unfinished}
     layout = pattern.strip("/").replace("{step}", "N")
-    selected = {
-        step: path
-        for step, path in selected.items()
-        if step not in may_lack or _held(path, formats) is not None
-    }
+    selected = {step: path for step, path in selected.items() if step not in gone}
     if not selected:
         return FoundCheckpoints(layout, formats[0], (), unfinished, tuple(by_step))
     chosen, inside = _find_weights(selected, formats)
