@@ -77,7 +77,7 @@ def hasher_of(kind: str) -> Callable[[], Hasher]:
     except ImportError:
         raise MissingDependencyError(
             f"checksums of kind {kind} need the package {package}; install it with: "
-            f"pip install {package}"
+            "pip install 'relex-stream[deltas]'"
         ) from None
     return made
 
