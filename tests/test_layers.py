@@ -158,9 +158,10 @@ ROOMS = {
         {"blocks", "matching", "source_blocks", "sources", "store"}, {"numpy"} | CHECKSUM
     ),
     # The stages.
+    "additions": Room({"forks", "matching", "sources", "store"}),
+    "batches": Room(BELOW_STAGES | {"ingest", "matching"}, {"numpy"}),
     "build": Room(
-        BELOW_STAGES | {"cast_savings", "forks", "ingest", "matching", "warmup"},
-        {"numpy"} | CHECKSUM,
+        BELOW_STAGES | {"additions", "batches", "cast_savings", "matching", "warmup"}, {"numpy"}
     ),
     "hf_files": Room({"sources", "store"}),
     "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
@@ -211,7 +212,7 @@ ROOMS = {
     # Checkpoints that come one by one and may go; those of the Hub.
     "feeds": Room({"build", "store"}),
     "hub": Room(
-        {"_version", "build", "feeds", "paths", "sources", "store", "urls", "wording"},
+        {"_version", "additions", "feeds", "paths", "sources", "store", "urls", "wording"},
         {"huggingface_hub"},
     ),
     # For Python callers.

@@ -495,7 +495,7 @@ def test_outputs_at_urls_are_refused(store):
         lambda out: rs.extrapolate(str(store), out, target_steps=[20]),
         lambda out: rs.report(str(store), out),
     ):
-        with pytest.raises(OptionError, match=r"is a URL; write to a directory of this machine"):
+        with pytest.raises(OptionError, match=r"must be a directory of this machine"):
             make("s3://bucket/out")
 
 
