@@ -77,7 +77,7 @@ def hasher_of(kind: str) -> Callable[[], Hasher]:
     except ImportError:
         raise MissingDependencyError(
             f"checksums of kind {kind} need the package {package}; install it with: "
-            "pip install 'relex-stream[deltas]'"
+            f"pip install {package}"
         ) from None
     return made
 

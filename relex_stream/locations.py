@@ -53,8 +53,8 @@ class Url:
         assert match is not None
         if match[1] == "hf":
             raise OptionError(
-                f"{text}: only bases and checkpoints may be on the Hugging Face Hub; give another "
-                "place here"
+                f"{text}: only bases and checkpoints may be on the Hub; give a directory here, "
+                "or a URL of object storage"
             )
         path = match[2].rstrip("/")
         if not path or "::" in text or any(part in ("", ".", "..") for part in path.split("/")):
@@ -118,7 +118,7 @@ def location(place: str | os.PathLike[str] | Url) -> Location:
 
 
 def local_directory(place: str | os.PathLike[str] | Url, what: str) -> Path:
-    """Return a directory of this machine, for what is only ever written there.
+    """Return a directory of this machine, for what is only ever there.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def local_directory(place: str | os.PathLike[str] | Url, what: str) -> Path:
     found = location(place)
     if isinstance(found, Url):
         raise OptionError(
-            f"{what} {found} is a URL; write to a directory of this machine and copy that, "
+            f"{what} must be a directory of this machine, not {found}; copy from or to there, "
             "e.g. with: aws s3 cp --recursive"
         )
     return found

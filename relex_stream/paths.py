@@ -50,6 +50,17 @@ def check_relative_path(text: str) -> str:
     return text
 
 
+def is_relative_path(text: str) -> bool:
+    """Return whether `check_relative_path` takes it.
+
+    Examples
+    --------
+    >>> is_relative_path("a/b.json"), is_relative_path("../b.json")
+    (True, False)
+    """
+    return _problem(text) is None
+
+
 def _problem(text: str) -> str | None:
     problems = (
         (not text, "it is empty"),

@@ -172,11 +172,14 @@ ROOMS = {
         {"numpy"} | CHECKSUM,
     ),
     # The stages.
+    "additions": Room({"chains", "forks", "matching", "sources", "store"}),
+    "batches": Room(
+        BELOW_STAGES | {"digests", "ingest", "matching", "patches", "source_blocks", "unpacking"},
+        {"numpy"},
+    ),
     "build": Room(
-        BELOW_STAGES
-        | {"cast_savings", "chains", "digests", "forks", "ingest", "matching", "patches"}
-        | {"source_blocks", "unpacking", "warmup"},
-        {"numpy"} | CHECKSUM,
+        BELOW_STAGES | {"additions", "batches", "cast_savings", "chains", "matching", "warmup"},
+        {"numpy"},
     ),
     "hf_files": Room({"sources", "store"}),
     "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
@@ -228,7 +231,7 @@ ROOMS = {
     # Checkpoints that come one by one and may go; those of the Hub.
     "feeds": Room({"build", "store"}),
     "hub": Room(
-        {"_version", "build", "feeds", "paths", "sources", "store", "urls", "wording"},
+        {"_version", "additions", "feeds", "paths", "sources", "store", "urls", "wording"},
         {"huggingface_hub"},
     ),
     # For Python callers.

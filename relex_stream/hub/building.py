@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from relex_stream.build import split_found
+from relex_stream.additions import split_found
 from relex_stream.errors import OptionError
 from relex_stream.feeds import build_from_feed
 from relex_stream.locations import Location, Url, location

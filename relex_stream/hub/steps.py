@@ -11,12 +11,13 @@ from typing import NamedTuple, NoReturn
 
 from relex_stream.errors import OptionError, RelexStreamWarning, SourceError
 from relex_stream.sources import StepSelection
-from relex_stream.sources.checkpoint import INDEX_FILE, SINGLE_FILE, is_kept
+from relex_stream.sources.checkpoint import INDEX_FILE, SINGLE_FILE
 from relex_stream.sources.directories import summarise
 from relex_stream.sources.families import FAMILIES as TRAINERS
 from relex_stream.sources.formats import FORMATS
 from relex_stream.sources.layout import select_steps, step_finder
 from relex_stream.sources.recognised import recognise_names
+from relex_stream.sources.side_files import is_kept, sort_listed
 from relex_stream.urls import HubUrl
 
 from .client import HubClient, HubFile, Ref
@@ -72,10 +73,14 @@ class HubSteps:
 
 @dataclass(frozen=True)
 class WeightsPlace:
-    """The files of a directory that holds weights, by name, and its path in the repository."""
+    """The files of a directory that holds weights, by name, and its path in the repository.
+
+    ``below`` are those of its subdirectories, by their paths in it.
+    """
 
     directory: str
     files: Mapping[str, HubFile]
+    below: Mapping[str, HubFile]
 
     @property
     def holds_weights(self) -> bool:
@@ -293,14 +298,12 @@ def find_weights(
 def _place(step: HubStep, inside: str, files: Iterable[HubFile]) -> WeightsPlace:
     directory = posixpath.normpath(posixpath.join(step.directory, inside))
     directory = "" if directory == "." else directory
+    above = f"{directory}/" if directory else ""
+    inner = {file.path[len(above) :]: file for file in files if file.path.startswith(above)}
     return WeightsPlace(
         directory,
-        {
-            name: file
-            for file in files
-            for above, name in [posixpath.split(file.path)]
-            if above == directory
-        },
+        {name: file for name, file in inner.items() if "/" not in name},
+        {name: file for name, file in inner.items() if "/" in name},
     )
 
 
@@ -351,4 +354,7 @@ def needed_files(
             f"is missing; {_REMEDY}"
         )
     needed = {name for name, file in files.items() if name in weights or is_kept(name, file.size)}
-    return [files[name] for name in sorted(needed)], sorted(set(files) - needed)
+    below = sort_listed({name: file.size for name, file in place.below.items()})
+    left_out = sorted({*files} - needed) + [name for name in below if name.endswith("/")]
+    inner = [place.below[name] for name in below if not name.endswith("/")]
+    return [files[name] for name in sorted(needed)] + inner, left_out

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -19,6 +17,7 @@ from .naming import Naming
 from .quantised import refuse_quantised
 from .recognised import recognise_weights
 from .safetensors_file import MAX_HEADER_BYTES, read_weights_file
+from .side_files import names_below, sort_files
 from .strict_json import parse_object, shown
 
 SINGLE_FILE = "model.safetensors"
@@ -29,19 +28,6 @@ DELTA_MARK = "delta_encoding"
 
 _AS_THEY_ARE = Naming()
 
-MAX_SIDE_FILE_BYTES = 64 << 20
-"""Larger files beside the weights are taken for state, not for configuration or vocabulary."""
-
-_SKIPPED = (
-    # training state, and weights in other formats
-    *("optimizer*", "scheduler*", "rng_state*", "training_args.bin", ".metadata"),
-    *("*.bin", "*.ckpt", "*.distcp", "*.pt", "*.pth", "*.safetensors"),
-    # locks, leftovers of downloads and editors, file system droppings
-    *("*.lock", ".lock*", ".cache*", ".ds_store", ".nfs*", "*.swp"),
-    *("*.incomplete", "*.part", "*.partial", "*.temp", "*.tmp", ".tmp*", "tmp*", "*~"),
-)
-_SKIPPED_PATTERN = re.compile("|".join(map(fnmatch.translate, _SKIPPED)))
-
 
 def open_checkpoint(
     directory: Location, step: int, naming: Naming = _AS_THEY_ARE
@@ -51,7 +37,7 @@ def open_checkpoint(
     The weights are ``model.safetensors``, or the shards of ``model.safetensors.index.json``. Where
     both are there, the index counts if all of its shards exist, with a warning, since some loaders
     prefer the single file. Links are followed (snapshots in the Hugging Face cache are made of
-    them). Subdirectories are neither read nor listed.
+    them). Of subdirectories only side files are taken, see `side_files.names_below`.
 
     Parameters
     ----------
@@ -68,7 +54,7 @@ def open_checkpoint(
         ``weights_files`` in the order of their names; ``tensors`` in that order, then in the order
         of their bytes. ``side_files`` are all other regular files, the index among them, but for
         ``skipped_files``: training state, weights in other formats or not in use, files over
-        64 MiB, locks and temporary files, broken links.
+        64 MiB, locks and temporary files, broken links, directories with any of these.
 
     Raises
     ------
@@ -83,6 +69,7 @@ def open_checkpoint(
     """
     directory = directory.absolute()
     names = list_names(directory)
+    names += names_below(directory, names)
     shards = _find_shards(directory, names)
     weights_files: list[WeightsFile] = []
     tensors: dict[str, TensorPlace] = {}
@@ -266,39 +253,3 @@ def check_index(index: Location, shards: dict[str, str], tensors: dict[str, str]
                 f"{path}: tensor {shown(name)} is not in {index.name}; copy the index again "
                 "or save the model anew"
             )
-
-
-def sort_files(directory: Location, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return side files and skipped files among `names`, paths in the directory, in their order."""
-    side_files: list[str] = []
-    skipped_files: list[str] = []
-    for name in names:
-        try:
-            status = file_status(directory / name)
-        except RemoteError:
-            raise
-        except OSError:
-            skipped_files.append(name)  # a broken link, or gone since the listing
-            continue
-        if not status.is_regular:
-            continue
-        if not is_kept(name, status.size):
-            skipped_files.append(name)
-            continue
-        try:
-            side_files.append(check_relative_path(name))
-        except ValueError as error:
-            raise SourceError(f"{directory}: {error}; rename or remove that file") from None
-    return tuple(side_files), tuple(skipped_files)
-
-
-def is_kept(path: str, nbytes: int) -> bool:
-    """Return whether a file beside the weights is kept, by its relative path and size in bytes.
-
-    Examples
-    --------
-    >>> is_kept("config.json", 700), is_kept("optimizer.pt", 700), is_kept("log.txt", 1 << 30)
-    (True, False, False)
-    """
-    names = path.lower().split("/")
-    return nbytes <= MAX_SIDE_FILE_BYTES and not any(map(_SKIPPED_PATTERN.fullmatch, names))

@@ -19,7 +19,6 @@ from ..errors import SourceError
 from ..listing import is_file, list_names
 from ..locations import Location
 from ..specs import Box, FilePart, Piece, SourceCheckpoint, TensorPlace, TensorSpec, WeightsFile
-from .checkpoint import sort_files
 from .dcp_metadata import METADATA, DcpMetadata, Region, SavedTensor, read_metadata
 from .directories import summarise
 from .file_parts import lay_out
@@ -28,6 +27,7 @@ from .pieces import join_pieces
 from .quantised import refuse_quantised
 from .recognised import is_megatron, refuse_adapter
 from .safetensors_file import read_weights_file
+from .side_files import sort_files
 from .strict_json import shown
 from .surroundings import look_around
 from .torch_file import StoredView, read_torch_region

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SourceError
 
-_MOST_ENTRIES = 10_000
+MOST_ENTRIES = 10_000
+"""Files and directories of a subdirectory that may belong to a model."""
 
 
 def summarise(names: list[str], limit: int = 5) -> str:
@@ -23,7 +25,12 @@ def summarise(names: list[str], limit: int = 5) -> str:
 
 
 def list_files(directory: Path) -> list[str]:
-    """Return the paths of all files below a directory, sorted, relative to it.
+    """Return the paths of all files below a directory, sorted, relative to it; see `walk`."""
+    return sorted(walk(directory))
+
+
+def walk(directory: Path) -> Iterator[str]:
+    """Yield the paths of all files below a directory, relative to it.
 
     Directories that are links are not entered. Without such a directory there are none.
 
@@ -32,15 +39,13 @@ def list_files(directory: Path) -> list[str]:
     SourceError
         If it has more than 10,000 entries: it is no model's.
     """
-    found: list[str] = []
     entries = 0
     for parent, inner, names in os.walk(directory):
         entries += len(inner) + len(names)
-        if entries > _MOST_ENTRIES:
+        if entries > MOST_ENTRIES:
             raise SourceError(
-                f"{directory}: more than {_MOST_ENTRIES} files and directories; move what is not "
+                f"{directory}: more than {MOST_ENTRIES} files and directories; move what is not "
                 "the model's elsewhere"
             )
         below = Path(parent).relative_to(directory)
-        found += [(below / name).as_posix() for name in names]
-    return sorted(found)
+        yield from ((below / name).as_posix() for name in names)

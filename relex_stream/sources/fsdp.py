@@ -22,7 +22,7 @@ from ..specs import (
     TensorSpec,
     WeightsFile,
 )
-from .checkpoint import INDEX_FILE, sort_files
+from .checkpoint import INDEX_FILE
 from .directories import summarise
 from .dtensor import DTENSORS, DTensor, Meshes, local_box
 from .file_parts import lay_out
@@ -31,6 +31,7 @@ from .pickles import collector_paused
 from .pieces import join_pieces
 from .quantised import refuse_quantised
 from .recognised import refuse_adapter
+from .side_files import sort_files
 from .strict_json import parse_object, shown
 from .surroundings import look_around
 from .torch_file import StoredView, read_torch_file

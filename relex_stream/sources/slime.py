@@ -16,9 +16,10 @@ from ..errors import SourceError
 from ..listing import file_status, is_file, list_names, read_file
 from ..locations import Location, Url
 from ..specs import PackedChange, Patch, SourceCheckpoint, WeightsFile
-from .checkpoint import DELTA_MARK, INDEX_FILE, check_index, parse_weight_map, sort_files
+from .checkpoint import DELTA_MARK, INDEX_FILE, check_index, parse_weight_map
 from .naming import Naming
 from .safetensors_file import MAX_HEADER_BYTES, read_header
+from .side_files import sort_files
 from .strict_json import parse_object, shown
 
 ENCODINGS = ("xor", "overwrite")

@@ -25,11 +25,11 @@ from ..specs import (
     TensorSpec,
     WeightsFile,
 )
-from .checkpoint import sort_files
 from .naming import Naming
 from .pieces import hull, join_pieces
 from .quantised import refuse_quantised
 from .safetensors_file import read_header
+from .side_files import sort_files
 from .strict_json import parse_object, shown
 from .surroundings import look_around
 

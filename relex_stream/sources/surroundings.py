@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..listing import list_names
 from .directories import list_files
+from .side_files import names_below
 
 _BELOW_STEP = (
     "policy/weights/model",  # NeMo-RL
@@ -19,11 +20,15 @@ _MODEL_FILES = ("huggingface", ".hf_metadata", "policy/tokenizer")
 """Directories of files that belong to the model, beside its weights or in the step's."""
 
 
+_LOOKED_INTO = {path.split("/")[0] for path in (*_BELOW_STEP, *_MODEL_FILES)}
+
+
 class Surroundings(NamedTuple):
     """The directory that a checkpoint's files are relative to, and what is in it.
 
     ``inside`` is where the weights lie in it, with a slash at its end, or empty. ``names`` are
-    relative to ``root``: the files beside the weights, those of the step, and those of the model.
+    relative to ``root``: the files beside the weights, those of the step, those of the model, and
+    those of other subdirectories as `names_below` has them.
     """
 
     root: Path
@@ -49,11 +54,11 @@ def look_around(directory: Path) -> Surroundings:
         if directory.as_posix().endswith("/" + place):
             root, inside = directory.parents[place.count("/")], place + "/"
             break
-    names = [inside + name for name in list_names(directory)]
-    if inside:
-        names += list_names(root)
-    for below in dict.fromkeys(("", inside)):
+    names: list[str] = []
+    for below in dict.fromkeys((inside, "")):
+        there = list_names(root / below)
         for model_files in _MODEL_FILES:
-            nested = list_files(root / below / model_files)
-            names += [f"{below}{model_files}/{name}" for name in nested]
+            there += [f"{model_files}/{name}" for name in list_files(root / below / model_files)]
+        there += names_below(root / below, there, _LOOKED_INTO)
+        names += [below + name for name in there]
     return Surroundings(root, inside, names)

@@ -173,7 +173,7 @@ def test_frames_are_written_only_while_the_build_holds_its_lock(
 
     def of_another(self: StoreWriter) -> StoreWriter:
         enter(self)
-        self.fence = Fence(self.fence.lock, b"another")
+        self.fence = Fence(self.path, b"another")
         return self
 
     monkeypatch.setattr(StoreWriter, "__enter__", of_another)
@@ -200,10 +200,10 @@ def unsynced_when_counted(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     write_frames, fill, fsync = ingest.write_frames, Filler.write, os.fsync
     log_event = distributed.Worker.log_event
 
-    def write_and_note(*arguments):  # type: ignore[no-untyped-def]
-        path = write_frames(*arguments)
-        note(path, Path(path).parent)
-        return path
+    def write_and_note(root, *arguments):  # type: ignore[no-untyped-def]
+        key = write_frames(root, *arguments)
+        note(root / key, (root / key).parent)
+        return key
 
     def fill_and_note(self, relative_path, *arguments):  # type: ignore[no-untyped-def]
         fill(self, relative_path, *arguments)

@@ -291,7 +291,7 @@ def test_paths_do_not_lead_out_of_the_directory(
     monkeypatch.setattr(
         steps,
         "_place",
-        lambda step, inside, files: steps.WeightsPlace("", {f.path: f for f in files}),
+        lambda step, inside, files: steps.WeightsPlace("", {f.path: f for f in files}, {}),
     )
     repository = published.repositories["org/run"]
     content = repository.commits[repository.branches["step_10"]]

@@ -117,7 +117,7 @@ def test_other_places_of_commands_are_paths(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(cli, call)
         assert result.exit_code == 2
-        assert "is on the Hub; give a directory here" in result.stderr
+        assert "on the Hub; give a directory here" in result.stderr
 
 
 @pytest.mark.parametrize("code", ["import relex_stream", "import relex_stream.api"])

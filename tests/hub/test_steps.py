@@ -210,6 +210,18 @@ def test_only_what_is_needed_is_fetched() -> None:
     )
 
 
+def test_directories_of_a_model_are_fetched_and_those_of_others_are_not() -> None:
+    place = place_of(
+        *("model.safetensors", "1_Pooling/config.json"),
+        *("onnx/model.safetensors", "onnx/config.json", "code/a.py", "code/a.lock"),
+    )
+    needed, left_out = needed_files(place, None)
+    assert ([file.path for file in needed], left_out) == (
+        ["model.safetensors", "1_Pooling/config.json", "code/a.py"],
+        ["onnx/"],
+    )
+
+
 NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,8}[A-Za-z0-9])?", fullmatch=True)
 PATHS = st.lists(NAMES, max_size=3).map("/".join)
 

@@ -7,12 +7,8 @@ import pytest
 
 from relex_stream.errors import RelexStreamWarning, SourceError
 from relex_stream.sources import open_checkpoint
-from relex_stream.sources.checkpoint import (
-    INDEX_FILE,
-    MAX_SIDE_FILE_BYTES,
-    SINGLE_FILE,
-    holds_weights,
-)
+from relex_stream.sources.checkpoint import INDEX_FILE, SINGLE_FILE, holds_weights
+from relex_stream.sources.side_files import MAX_SIDE_FILE_BYTES
 from tests.make_checkpoints import SIDE_FILES, make_trajectory, raw, write_model, write_safetensors
 
 TENSORS = {

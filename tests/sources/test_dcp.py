@@ -100,7 +100,10 @@ def test_files_around_the_weights_are_kept(torch_checkpoints, tmp_path):
 def test_a_file_of_another_ranks_state_is_left_out(torch_checkpoints):
     for checkpoint, _ in opened(torch_checkpoints, *RUNS[1]):
         assert "trainer_state.json" in checkpoint.side_files
-        assert not [name for name in checkpoint.skipped_files if "optimizer" in name]
+        # Directories of its own; files are none of its.
+        assert [name for name in checkpoint.skipped_files if "optimizer" in name] == [
+            "optimizer_0/"
+        ]
 
 
 def test_foreign_tensors_are_left_to_be_complained_of(torch_checkpoints):
@@ -226,9 +229,14 @@ def test_the_models_own_directory_beside_the_weights_is_kept(torch_checkpoints, 
     (path / "huggingface/config.json").write_text("{}")
     (path / "elsewhere").mkdir()
     (path / "elsewhere/config.json").write_text("{}")
+    (path / "critic").mkdir()
+    (path / "critic/value.distcp").write_text("{}")
     wanted = frozenset(whole_model(torch_checkpoints / "whole_bf16/step_1"))
     checkpoint = open_dcp(path, 1, Naming(wanted))
-    assert checkpoint.side_files == (".metadata", "huggingface/config.json")
+    assert checkpoint.side_files == (
+        *(".metadata", "huggingface/config.json", "elsewhere/config.json"),
+    )
+    assert checkpoint.skipped_files == ("critic/",)
 
 
 def test_a_safetensors_file_of_other_tensors_is_refused(torch_checkpoints, tmp_path):

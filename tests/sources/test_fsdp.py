@@ -217,16 +217,21 @@ def test_side_files_and_what_is_skipped(written, tmp_path):
     (model / "model.safetensors").write_bytes(b"x")
     (model / "model.safetensors.index.json").write_text("{}")
     (actor / "critic").mkdir()
-    (actor / "critic" / "note.txt").write_text("not looked at")
+    (actor / "critic" / "note.txt").write_text("of another model")
+    (actor / "critic" / "model.pt").write_text("of another model")
+    (actor / "rewards").mkdir()
+    (actor / "rewards" / "note.txt").write_text("kept")
     checkpoint = open_step(actor)
     assert sorted(checkpoint.side_files) == sorted(
         [
             "fsdp_config.json",
             "huggingface/code/modeling.py",
+            "rewards/note.txt",
             *(f"huggingface/{name}" for name in SIDE_FILES),
         ]
     )
     assert sorted(checkpoint.skipped_files) == [
+        "critic/",
         *(f"extra_state_world_size_2_rank_{rank}.pt" for rank in range(2)),
         "huggingface/code/tmp.lock",
         "huggingface/model.safetensors",
