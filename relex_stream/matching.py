@@ -61,7 +61,6 @@ def describe_tensors(
         )
     if first.patch is not None:
         # All that it does not tell of is as in the base.
-        _refuse_extra(first, base.tensors)
         first = replace(first, tensors=base.tensors | first.tensors)
     described: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}

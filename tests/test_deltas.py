@@ -144,6 +144,25 @@ def test_32_bit_weights_with_a_buffer(kind: str, tmp_path: Path) -> None:
     assert_same(tmp_path / "feed.store", tmp_path / "whole.store")
 
 
+def test_weights_that_are_wider_than_those_of_the_base(tmp_path: Path) -> None:
+    run = made(tmp_path, dtype="F32", base_dtype="BF16")
+    feed = grail_run(
+        Trajectory(
+            run.base,
+            run.checkpoints,
+            run.directories,
+            "F32",
+            "F32",
+            {0: run.bits[1], **{step: run.bits[step] for step in run.steps}},
+        ),
+        tmp_path / "feed",
+        full=(1,),
+    )
+    build(run, feed, tmp_path / "feed.store")
+    build(run, run.checkpoints, tmp_path / "whole.store")
+    assert_same(tmp_path / "feed.store", tmp_path / "whole.store")
+
+
 @pytest.mark.parametrize("kind", ["xor", "with models", "tensors"])
 def test_steps_come_later_and_one_by_one(
     kind: str, run: Trajectory, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

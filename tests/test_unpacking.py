@@ -237,17 +237,42 @@ def test_positions_that_are_not_there(
         applied(tmp_path, checkpoint, BEFORE)
 
 
-def test_columns_that_are_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("column", "of"), [(30, 0), (-1, 0), (1 << 30, 0), (-1, 5), (30, 5)])
+def test_columns_that_are_not_there(tmp_path: Path, column: int, of: int) -> None:
+    """Of an entry with which a row begins: its column counts from 0, and is in that row."""
     raw = bytearray(sparse_file(BEFORE, AFTER, "v3"))
     header = int.from_bytes(raw[:4], "little")
     count = json.loads(raw[4 : 4 + header])["tensors"][0]["num_nonzero"]
-    column = 4 + header + 4 * count
-    for value in (30, -1, 1 << 30):
-        raw[column : column + 4] = np.int32(value).tobytes()
-        where = tmp_path / str(value)
-        checkpoint = publish(where, "v3", BEFORE, AFTER, packed=zstd.compress(bytes(raw), 1))
-        with pytest.raises(SourceError, match=r"it changes column|ascending"):
-            applied(where, checkpoint, BEFORE)
+    rows = np.frombuffer(raw, "<i4", count, 4 + header)
+    entry = int(np.flatnonzero(np.append(1, rows[1:]))[of])
+    at = 4 + header + 4 * (count + entry)
+    raw[at : at + 4] = np.int32(column).tobytes()
+    checkpoint = publish(tmp_path, "v3", BEFORE, AFTER, packed=zstd.compress(bytes(raw), 1))
+    with pytest.raises(SourceError, match="tensor w: it changes column"):
+        applied(tmp_path, checkpoint, BEFORE)
+
+
+def test_rows_so_far_out_that_positions_would_come_round(tmp_path: Path) -> None:
+    wide = {"w": np.ones((2, 1 << 18), np.uint16)}
+    after = {"w": wide["w"] + np.uint16(1)}
+    packed = zstd.compress(
+        sparse_file(wide, after, "v3", steps_of=lambda rows: np.full(rows.size, (1 << 31) - 1)), 1
+    )
+    checkpoint = publish(tmp_path, "v3", wide, after, packed=packed)
+    with pytest.raises(SourceError, match="it changes row"):
+        applied(tmp_path, checkpoint, wide, 1 << 20)
+
+
+def test_positions_ascend_from_one_run_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacking, "ENTRIES", 2)
+    packed = zstd.compress(counted(3, [7, 8, 8], b"abc"), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.make_deltas.zstd.compress", lambda *_: packed)
+        checkpoint = publish(tmp_path / "lies", "overwrite", BEFORE, AFTER)
+    with pytest.raises(SourceError, match="not in ascending order"):
+        applied(tmp_path, checkpoint, BEFORE)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..specs import Patch, SourceCheckpoint
-from .checkpoint import INDEX_FILE, open_checkpoint
+from .checkpoint import open_checkpoint
 from .naming import Naming
 
 
@@ -22,11 +22,4 @@ def open_changed(directory: Path, step: int, naming: Naming) -> SourceCheckpoint
     SourceError
         As `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(directory, step, naming)
-    return replace(
-        checkpoint,
-        # What they were put together again to would be no model.
-        weights_files=tuple(replace(file, parts=None) for file in checkpoint.weights_files),
-        side_files=tuple(name for name in checkpoint.side_files if name != INDEX_FILE),
-        patch=Patch(follows=None),
-    )
+    return replace(open_checkpoint(directory, step, naming), patch=Patch(follows=None))
