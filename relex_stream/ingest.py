@@ -137,7 +137,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         base: BaseWeights,
         reader: CheckpointReader,
         checkpoints: Sequence[CheckpointPlaces],
-        patches: Patches | None,
+        patches: Patches | None = None,
         seed: int,
         sketch_width: int,
         allow_nonfinite: bool,
