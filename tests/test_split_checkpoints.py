@@ -172,12 +172,15 @@ def test_extrapolations_are_those_of_the_whole_run(stores, runs, tmp_path):
 # --- casts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "dcp_with_state", "whole_fp32"])
+@pytest.mark.parametrize("layout", ["fsdp", "dcp", "dcp_with_state", "whole_fp32"])
 def test_f32_is_cast_on_the_way_in(runs, tmp_path, layout):
     build(runs, layout, tmp_path / "store", cast="bf16")
     build(runs, "whole_bf16", tmp_path / "whole")
     assert frames(tmp_path / "store") == frames(tmp_path / "whole")
-    for step in STEPS:
+    for row, step in enumerate(STEPS):
+        # Of files that do not come back nothing is kept that says where weights lay in them.
+        kept = {file.path for file in Store(tmp_path / "store").commit(row).files}
+        assert not [name for name in kept if name.endswith((".metadata", ".index.json"))]
         summary = rs.export(tmp_path / "store", tmp_path / f"{step}", step=step)
         assert summary.file_format == "hf"
         masters = load_file(runs / f"whole_fp32/step_{step}/model.safetensors")
