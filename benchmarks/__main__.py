@@ -22,6 +22,7 @@ COMMANDS = {
     "scaling": "Count tasks and bytes of models that do not fit here; run graphs without work.",
     "answers": "Time what answers from the store alone, at the shape of a large model.",
     "append": "Append the checkpoints of a large model one by one, each deleted after its commit.",
+    "layouts": "Build stores of one run in the layouts of trainers, from a cold disk.",
     "codec": "Measure bits per changed weight and speed beside other codecs.",
     "devices": "Measure extrapolation on a GPU: stages of a block, commands, the cost model.",
     "rlvr": "Train a small model by verifiable rewards; keep a checkpoint per step in a store.",

@@ -31,11 +31,11 @@ class _Destination(NamedTuple):
 
 
 class _Literal(NamedTuple):
-    """Where a run of a blob's bytes goes; to the blob's end where `nbytes` is None."""
+    """Where a whole blob goes, or `nbytes` of what is packed in an entry's own, from `start` on."""
 
     path: str
     offset: int
-    blob: str
+    of: str | FileEntry
     start: int = 0
     nbytes: int | None = None
 
@@ -105,7 +105,7 @@ class Assembly:
             elif part.nbytes is not None:
                 if entry.blob is None:
                     raise CorruptionError(f"the recipe of {entry.path} has bytes of no blob")
-                self._literals.append(_Literal(path, offset, entry.blob, literal, part.nbytes))
+                self._literals.append(_Literal(path, offset, entry, literal, part.nbytes))
                 literal += part.nbytes
                 offset += part.nbytes
             else:
@@ -191,23 +191,22 @@ class Assembly:
 
     def begin(self, output: OutputDirectory) -> None:
         """Make all files: side files whole, weights files at their size with their literals."""
+        store = self._store
         for entry in self._entries:
             if entry.recipe is not None:
                 output.preallocate(self._prefix + entry.path, self._sizes[entry.path])
             else:
                 assert entry.blob is not None
-                output.write_file(self._prefix + entry.path, self._store.blob(entry.blob))
+                output.write_file(self._prefix + entry.path, store.blob(entry.blob))
         for path, header in self._headers.items():
             output.write(self._prefix + path, 0, header)
-        blob, data = None, b""
+        of: str | FileEntry | None = None
+        data = b""
         for literal in self._literals:
-            if literal.blob != blob:
-                blob, data = literal.blob, self._store.blob(literal.blob)
+            if literal.of is not of:
+                of = literal.of
+                data = store.literals(of) if isinstance(of, FileEntry) else store.blob(of)
             nbytes = len(data) if literal.nbytes is None else literal.nbytes
-            if literal.start + nbytes > len(data):
-                raise CorruptionError(
-                    f"the recipe of {literal.path} wants more bytes than blob {blob} has"
-                )
             here = memoryview(data)[literal.start : literal.start + nbytes]
             output.write(literal.path, literal.offset, here)
 

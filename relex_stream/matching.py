@@ -7,6 +7,7 @@ checked when they are read.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from relex_stream.listing import file_status
 from relex_stream.locations import location
 from relex_stream.pieces import PieceTable, Span, spans_of
 from relex_stream.sources.checkpoint import INDEX_FILE
+from relex_stream.sources.dcp_metadata import METADATA
 from relex_stream.specs import Patch, Piece, SourceCheckpoint, TensorPlace, WeightsFile
 from relex_stream.store.arrays import array_name
 from relex_stream.store.records import StoredTensor
@@ -268,11 +270,14 @@ def kept_files(
 ) -> tuple[tuple[WeightsFile, ...], tuple[str, ...]]:
     """Return the files of a checkpoint that can be had from the store: of weights, and others.
 
-    Without those that also hold what is not kept, and those of weights that are cast.
+    Without those that also hold what is not kept, and those of weights that are cast, with what
+    says where they lie.
     """
     if is_cast:
-        others = tuple(name for name in checkpoint.side_files if name != INDEX_FILE)
-        return (), others
+        of_weights = (INDEX_FILE, METADATA)
+        return (), tuple(
+            name for name in checkpoint.side_files if posixpath.basename(name) not in of_weights
+        )
     whole = tuple(file for file in checkpoint.weights_files if file.parts is not None)
     return whole, checkpoint.side_files
 

@@ -30,7 +30,7 @@ from relex_stream.freeing import KeptError, Remover, files_to_free, steps_to_fre
 from relex_stream.hooks import run_hook
 from relex_stream.sources import Naming, open_checkpoint, parse_steps
 from relex_stream.specs import Progress
-from relex_stream.store import Store
+from relex_stream.store import Store, StoreWriter
 from relex_stream.store.read import HEAD_NAME
 from relex_stream.store.records import RecordName
 from relex_stream.summaries import WatchEvent, WatchSummary
@@ -409,9 +409,18 @@ class Watch:
 
     def _free(self, ledger: Ledger) -> None:
         """Delete the weights of verified steps that need not stay."""
-        if not self._options.delete_ingested:
+        if not self._options.delete_ingested or not self._due(self._opened_store(), ledger):
             return
-        store = self._opened_store()
+        try:
+            # Nobody takes a step out of the store while its source goes.
+            with StoreWriter(self._store_path) as writer:
+                for step in self._due(writer.store, ledger):
+                    self._free_step(step, ledger.steps[step], ledger)
+        except StoreBusyError:
+            return  # the next turn
+
+    def _due(self, store: Store | None, ledger: Ledger) -> list[int]:
+        """Return the steps whose weights may go, as far as they are in the store."""
         records = _records(store)
         noted = ledger.steps
         verified = [step for step in noted if records.get(step) == noted[step].record]
@@ -421,10 +430,12 @@ class Watch:
             keep_every=self._options.keep_every,
             keep_last=self._options.keep_last,
         )
-        for step in verified:
-            # What is half gone is of no use to anybody.
-            if step not in self._kept and (step in due or noted[step].deleting):
-                self._free_step(step, noted[step], ledger)
+        # What is half gone is of no use to anybody.
+        return [
+            step
+            for step in verified
+            if step not in self._kept and (step in due or noted[step].deleting)
+        ]
 
     def _free_step(self, step: int, verified: Verified, ledger: Ledger) -> None:
         try:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import tracemalloc
 import zipfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,12 +175,15 @@ def test_extrapolations_are_those_of_the_whole_run(stores, runs, tmp_path):
 # --- casts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "dcp_with_state", "whole_fp32"])
+@pytest.mark.parametrize("layout", ["fsdp", "dcp", "dcp_with_state", "whole_fp32"])
 def test_f32_is_cast_on_the_way_in(runs, tmp_path, layout):
     build(runs, layout, tmp_path / "store", cast="bf16")
     build(runs, "whole_bf16", tmp_path / "whole")
     assert frames(tmp_path / "store") == frames(tmp_path / "whole")
-    for step in STEPS:
+    for row, step in enumerate(STEPS):
+        # Of files that do not come back nothing is kept that says where weights lay in them.
+        kept = {file.path for file in Store(tmp_path / "store").commit(row).files}
+        assert not [name for name in kept if name.endswith((".metadata", ".index.json"))]
         summary = rs.export(tmp_path / "store", tmp_path / f"{step}", step=step)
         assert summary.file_format == "hf"
         masters = load_file(runs / f"whole_fp32/step_{step}/model.safetensors")
@@ -216,6 +222,74 @@ def test_casting_what_is_bf16_already_changes_nothing(runs, stores, tmp_path):
 def test_an_unknown_cast_is_refused(runs, tmp_path):
     with pytest.raises(rs.OptionError, match="--as must be bf16"):
         build_store(runs / "base", runs / "fsdp", tmp_path / "store", cast="fp8")
+
+
+# --- bytes between the tensors -------------------------------------------------------------------
+
+
+def test_bytes_between_tensors_are_packed(runs, stores):
+    store = Store(stores / "dcp")
+    for row, step in enumerate(STEPS):
+        entries = [entry for entry in store.commit(row).files if entry.recipe and entry.blob]
+        assert len(entries) == 3
+        for entry in entries:
+            between = store.literals(entry)
+            assert between.count(b"PK\x05\x06") > 3  # an archive for each chunk
+            assert len(store.blob(entry.blob)) < len(between) / 5
+            file = (runs / f"dcp/step-{step}" / entry.path).read_bytes()
+            assert file.startswith(between[:200])
+
+
+def repacked(stores, tmp_path, pack):
+    """A store whose bytes between the tensors of one file are packed by `pack`, and the file."""
+    shutil.copytree(stores / "fsdp", tmp_path / "store")
+    store = Store(tmp_path / "store")
+    entry = next(entry for entry in store.commit(0).files if entry.recipe and entry.blob)
+    data = pack(store.literals(entry))
+    name = hashlib.sha256(data).hexdigest()
+    (tmp_path / "store/blobs" / name).write_bytes(data)
+    return store, replace(entry, blob=name)
+
+
+def test_another_version_of_zlib_is_as_good(runs, stores, tmp_path, monkeypatch):
+    """Checkpoints are found to be those stored, whatever packed the bytes between their tensors."""
+    monkeypatch.setattr(
+        "relex_stream.store.write.pack_literals", lambda data: zlib.compress(data, 1)
+    )
+    build(runs, "fsdp", tmp_path / "store")
+    assert digests(tmp_path / "store/blobs") != digests(stores / "fsdp/blobs")
+    monkeypatch.undo()
+    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    summary = rs.watch(
+        *(runs / "base", tmp_path / "run", tmp_path / "store"),
+        settle_s=0,
+        once=True,
+        delete_ingested=True,
+        base_kept_elsewhere=True,
+    )
+    assert summary.steps_deleted == STEPS[:-1]
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda data: data,
+        lambda data: zlib.compress(data[:-1]),
+        lambda data: zlib.compress(data + b"x"),
+        lambda data: zlib.compress(data)[:-1],
+        lambda data: zlib.compress(data) + b"x",
+        lambda data: zlib.compress(bytes(1 << 28)),
+    ],
+    ids=["not packed", "short", "long", "torn", "followed", "bomb"],
+)
+def test_other_bytes_than_a_recipe_wants_are_named(stores, tmp_path, pack):
+    store, entry = repacked(stores, tmp_path, pack)
+    tracemalloc.start()
+    with pytest.raises(rs.CorruptionError, match=rf"blob {entry.blob} of {entry.path} is damaged"):
+        store.literals(entry)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 4 << 20
 
 
 # --- few files, and replicas ---------------------------------------------------------------------

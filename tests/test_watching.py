@@ -643,6 +643,34 @@ def test_steps_that_somebody_drops_meanwhile_are_not_deleted(run):
     assert (run.stored, summary.steps_deleted, run.with_weights) == ((), (), [1, 2])
 
 
+def test_no_step_can_be_dropped_while_its_source_is_deleted(run, monkeypatch):
+    run.arrive(1, 2)
+    refused = []
+
+    def and_drop(self: Remover, file: VerifiedFile) -> int:
+        with pytest.raises(StoreBusyError, match="another process is writing to"):
+            rs.drop(run.store, after=0)
+        refused.append(file)
+        return remove(self, file)
+
+    remove = Remover.remove
+    monkeypatch.setattr(Remover, "remove", and_drop)
+    summary = run.watch(delete_ingested=True, keep_last=0)
+    assert summary.steps_deleted == (1, 2)
+    assert len(refused) >= 2
+    assert run.stored == (1, 2)
+
+
+def test_what_is_due_waits_for_another_writer(run):
+    run.arrive(1, 2)
+    run.watch()
+    with StoreWriter(run.store):
+        summary = run.watch(delete_ingested=True, keep_last=0)
+    assert (summary.steps_deleted, run.with_weights) == ((), [1, 2])
+    summary = run.watch(delete_ingested=True, keep_last=0)
+    assert (summary.steps_deleted, run.with_weights) == ((1, 2), [])
+
+
 def test_links_out_of_the_checkpoints_are_not_followed(run):
     run.arrive(1, 2)
     moved = run.root / "elsewhere"

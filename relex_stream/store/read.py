@@ -35,6 +35,7 @@ from relex_stream.store.records import (
     decode_commit,
     decode_head,
     decode_manifest,
+    unpack_literals,
 )
 from relex_stream.store.spool import Spool
 from relex_stream.store.storage import Storage, storage_at
@@ -442,6 +443,26 @@ class Store:
         """Return the parts of a weights file, in order."""
         assert entry.recipe is not None
         return _parse_recipe(self.blob(entry.recipe), entry)
+
+    def literals(self, entry: FileEntry) -> bytes:
+        """Return the bytes that the literal parts of a recipe are, one behind the other.
+
+        Raises
+        ------
+        CorruptionError
+            If the blob that they are packed in is missing, or holds others.
+        """
+        nbytes = sum(part.nbytes or 0 for part in self.recipe(entry))
+        if entry.blob is None:
+            if nbytes:
+                raise CorruptionError(f"the recipe of {entry.path} has bytes of no blob")
+            return b""
+        try:
+            return unpack_literals(self.blob(entry.blob), nbytes)
+        except ValueError as error:
+            raise CorruptionError(
+                f"{self.path}: blob {entry.blob} of {entry.path} is damaged: {error}"
+            ) from error
 
     def blobs_of(self, entries: Iterable[FileEntry]) -> set[str]:
         """Return the names of all blobs that files need, those inside recipes included."""

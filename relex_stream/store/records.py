@@ -11,6 +11,7 @@ import json
 import math
 import posixpath
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -102,7 +103,7 @@ class FileEntry:
     """A file of a checkpoint: its content as the name of one blob, or a recipe for it.
 
     A recipe is a blob of JSON that names what the file is made of, in order: blobs, tensors, parts
-    of tensors, and, where the entry has a blob too, runs of that blob's bytes.
+    of tensors, and, where the entry has a blob too, runs of the bytes packed in it.
     """
 
     path: str
@@ -130,7 +131,7 @@ class RecipePart(NamedTuple):
     box: Box | None = None
     blob: str | None = None
     nbytes: int | None = None
-    """Of the entry's own blob, from where the part before ended."""
+    """Of the bytes packed in the entry's own blob, from where the part before ended."""
 
     def encode(self) -> list[Any]:
         """Return it as JSON has it."""
@@ -160,6 +161,38 @@ class RecipePart(NamedTuple):
                 if all(type(number) is int and number >= 0 for number in start + shape):
                     return cls(tensor=name, box=Box(tuple(start), tuple(shape)))
         raise ValueError("unknown kind of part")
+
+
+def pack_literals(literals: bytes) -> bytes:
+    """Return what an entry's own blob holds of bytes: a zlib stream.
+
+    Examples
+    --------
+    >>> unpack_literals(pack_literals(b"PK" * 1000), 2000) == b"PK" * 1000
+    True
+    """
+    return zlib.compress(literals)
+
+
+def unpack_literals(packed: bytes, nbytes: int) -> bytes:
+    """Return the bytes that were packed, of which there must be `nbytes`.
+
+    No more memory than for these is taken.
+
+    Raises
+    ------
+    ValueError
+        If there are others.
+    """
+    stream = zlib.decompressobj()
+    try:
+        # One more than are wanted: 0 would mean all.
+        data = stream.decompress(packed, nbytes + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(data) != nbytes or not stream.eof or stream.unused_data:
+        raise ValueError(f"it does not hold {nbytes} bytes")
+    return data
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from relex_stream.store.records import (
     encode_commit,
     encode_head,
     encode_manifest,
+    pack_literals,
     record_name,
 )
 from relex_stream.store.storage import storage_at
@@ -89,34 +90,38 @@ def write_frames(
     return key
 
 
-def weights_entry(file: WeightsFile, put_blob: Callable[[bytes], str]) -> FileEntry:
-    """Return what a store keeps of a weights file that can be put together again.
+def recipe_of(
+    file: WeightsFile, put_blob: Callable[[bytes], str]
+) -> tuple[list[RecipePart], bytes | None]:
+    """Return what a weights file is made of that can be put together again.
 
     Literal bytes are blobs named in the recipe where they are few and mostly the same at every step
-    (a header), else one blob for the file: then all steps may share the recipe.
+    (a header), else they are kept together for the file: then all steps may share the recipe.
 
     Parameters
     ----------
     file : WeightsFile
     put_blob : callable
         Is given each blob, and returns its name.
+
+    Returns
+    -------
+    parts : list of RecipePart
+    literals : bytes or None
+        Those that are kept together; None where they are blobs.
     """
     assert file.parts is not None
     literals = [part.literal for part in file.parts if part.literal is not None]
-    own_blob = None
-    if len(literals) > 1 or any(part.box is not None for part in file.parts):
-        own_blob = put_blob(b"".join(literals))
+    together = len(literals) > 1 or any(part.box is not None for part in file.parts)
     parts = []
     for part in file.parts:
         if part.literal is None:
             parts.append(RecipePart(tensor=part.tensor, box=part.box))
-        elif own_blob is None:
-            parts.append(RecipePart(blob=put_blob(part.literal)))
-        else:
+        elif together:
             parts.append(RecipePart(nbytes=len(part.literal)))
-    body = {"size": file.size, "parts": [part.encode() for part in parts]}
-    recipe = put_blob(json.dumps(body, separators=(",", ":")).encode())
-    return FileEntry(file.relative_path, file.size, blob=own_blob, recipe=recipe)
+        else:
+            parts.append(RecipePart(blob=put_blob(part.literal)))
+    return parts, b"".join(literals) if together else None
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,14 @@ class StoreWriter:
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
         """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
-        return weights_entry(file, self.put_blob)
+        parts, literals = recipe_of(file, self.put_blob)
+        body = {"size": file.size, "parts": [part.encode() for part in parts]}
+        return FileEntry(
+            file.relative_path,
+            file.size,
+            blob=None if literals is None else self.put_blob(pack_literals(literals)),
+            recipe=self.put_blob(json.dumps(body, separators=(",", ":")).encode()),
+        )
 
     def put_side_file(self, relative_path: str, data: bytes) -> FileEntry:
         """Keep a side file once per content."""
