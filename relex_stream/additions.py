@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from relex_stream.chains import in_order
 from relex_stream.errors import OptionError, RelexStreamWarning, TrajectoryError
 from relex_stream.forks import is_stored
 from relex_stream.locations import Location
@@ -54,6 +55,7 @@ def steps_to_add(
     found: FoundRun,
     open_step: OpenStep,
     reader: CheckpointReader,
+    base: SourceCheckpoint,
     *,
     cast: bool,
     replace_from: int | None,
@@ -73,7 +75,7 @@ def steps_to_add(
     todo, skipped = split_found(found.checkpoints, kept)
     if todo and skipped:
         again = [(step, path) for step, path in found.checkpoints if step in skipped]
-        _refuse_fork(store, again, open_step, reader, cast=cast)
+        _refuse_fork(store, again, open_step, reader, base, cast=cast)
     if len(kept) == len(store.steps):
         return todo, skipped
     if not todo:
@@ -82,9 +84,11 @@ def steps_to_add(
             "of those stored; to take them back alone, use drop"
         )
     # Those that come instead must be ones that can: what is taken back is gone.
-    for step, path in todo:
-        match_checkpoint(open_step(path, step), store.manifest.tensors, "", cast=cast)
-    dropped = writer.drop_after(kept[-1] if kept else 0)
+    last = kept[-1] if kept else 0
+    opened = (open_step(path, step) for step, path in todo)
+    for checkpoint in in_order(opened, last, found.there, cast=cast):
+        match_checkpoint(checkpoint, store.manifest.tensors, "", cast=cast)
+    dropped = writer.drop_after(last)
     progress.note(f"taken back, to be replaced: {describe_steps(dropped)}")
     return todo, skipped
 
@@ -94,6 +98,7 @@ def _refuse_fork(
     again: Sequence[tuple[int, Location]],
     open_step: OpenStep,
     reader: CheckpointReader,
+    base: SourceCheckpoint,
     *,
     cast: bool,
 ) -> None:
@@ -108,7 +113,7 @@ def _refuse_fork(
     """
 
     def differs(step: int, path: Location) -> bool:
-        return not is_stored(store, open_step(path, step), reader, cast=cast)
+        return not is_stored(store, open_step(path, step), reader, base, cast=cast)
 
     if not differs(*again[-1]):
         return

@@ -17,15 +17,19 @@ import numpy as np
 from relex_stream import planner
 from relex_stream.base_weights import BaseWeights
 from relex_stream.blocks import BlockOf, model_shape
+from relex_stream.digests import check_digests
 from relex_stream.errors import RelexStreamWarning
 from relex_stream.graph import Executor, grouped
 from relex_stream.ingest import Ingest, TensorResult
 from relex_stream.matching import CheckpointPlaces
+from relex_stream.patches import Patches
+from relex_stream.source_blocks import SourceBlocks
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import Progress, SourceCheckpoint
 from relex_stream.store import StoreWriter
 from relex_stream.store.records import Commit, FileEntry, Manifest, StoredTensor
 from relex_stream.summaries import Plan, StagePlan
+from relex_stream.unpacking import unpack, unpacking_bytes
 
 
 class Added(NamedTuple):
@@ -118,7 +122,10 @@ class Batches:
             tasks=self._shape.blocks,
             read_bytes=sum(place.nbytes for place in places) + self.base_checkpoint.nbytes,
             write_bytes=0,
-            worker_bytes=planner.ingest_worker_bytes(self._shape, widest),
+            worker_bytes=max(
+                planner.ingest_worker_bytes(self._shape, widest),
+                unpacking_bytes(self._shape.largest_block_bytes),
+            ),
         )
         shared = planner.ingest_shared_bytes(
             self._shape,
@@ -126,6 +133,7 @@ class Batches:
             self._rows + len(places),
             max((tensor.blocks for tensor in self.tensors), default=0),
             max((place.table.file.size for place in places), default=0),
+            sum(place.patch is not None for place in places),
         )
         shared += self.writer.transfer_bytes + self.reader.reading_bytes
         return planner.make_plan([stage], self.capacity, shared_bytes=shared)
@@ -135,17 +143,37 @@ class Batches:
         added: list[Added] = []
         while places:
             steps = self._batch_steps(places, self._rows)
-            batch, places = places[:steps], places[steps:]
-            added += map(Added.of, self._ingest_batch(batch, plan.workers))
+            with self._unpack(places[:steps], plan.workers) as patches:
+                # What it has no room for comes next.
+                batch, places = places[: patches.steps], places[patches.steps :]
+                added += map(Added.of, self._ingest_batch(batch, patches, plan.workers))
         return added
 
-    def _ingest_batch(self, batch: Sequence[CheckpointPlaces], workers: int) -> list[Commit]:
+    def _unpack(self, batch: Sequence[CheckpointPlaces], workers: int) -> Patches:
+        reader = self.reader.limited_to({path for place in batch for path in place.files})
+        return unpack(
+            self.writer.path, batch, self.tensors, reader, workers=workers, progress=self.progress
+        )
+
+    def _ingest_batch(
+        self, batch: Sequence[CheckpointPlaces], patches: Patches, workers: int
+    ) -> list[Commit]:
         store, rows = self.writer.store, self._rows
         self.writer.allocate(self.tensors, rows + len(batch), include_base=self.include_base)
         files = {path for place in batch for path in place.files}
         files.update(self.base_checkpoint.weights_paths)
         with self.reader.limited_to(files) as reader:
-            results = self._encode(batch, reader, workers)
+            check_digests(
+                self.executor,
+                batch,
+                self.tensors,
+                SourceBlocks(reader, batch, patches),
+                store=store,
+                base=BaseWeights(store, self.base_checkpoint, reader),
+                workers=workers,
+                progress=self.progress,
+            )
+            results = self._encode(batch, patches, reader, workers)
             reader.verify_unchanged(files)
         manifest = store.manifest if store else self._manifest(results)
         commits = self._commits(batch, results)
@@ -162,7 +190,11 @@ class Batches:
         return commits
 
     def _encode(
-        self, batch: Sequence[CheckpointPlaces], reader: CheckpointReader, workers: int
+        self,
+        batch: Sequence[CheckpointPlaces],
+        patches: Patches,
+        reader: CheckpointReader,
+        workers: int,
     ) -> dict[int, TensorResult]:
         """Write the frames of a batch; return what is to be told of them, by tensor."""
         store = self.writer.store
@@ -173,6 +205,7 @@ class Batches:
             base=BaseWeights(store, self.base_checkpoint, reader),
             reader=reader,
             checkpoints=batch,
+            patches=patches if patches.nbytes else None,
             seed=self.seed,
             sketch_width=self.sketch_width,
             allow_nonfinite=self.allow_nonfinite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from relex_stream.base_weights import check_base_layout
 from relex_stream.batches import Added, Batches
 from relex_stream.blocks import float_pairs
 from relex_stream.cast_savings import cast_savings
+from relex_stream.chains import in_order
 from relex_stream.errors import (
     OptionError,
     RelexStreamWarning,
@@ -113,12 +114,19 @@ def build(
             found,
             partial(found.open, naming=naming),
             reader,
+            base_checkpoint,
             cast=bool(cast),
             replace_from=replace_from,
             progress=progress,
         )
         committed = writer.store
-        opened: Iterator[SourceCheckpoint] = (found.open(path, step, naming) for step, path in todo)
+        opened = in_order(
+            (found.open(path, step, naming) for step, path in todo),
+            committed.steps[-1] if committed and committed.steps else 0,
+            found.there,
+            cast=bool(cast),
+            is_local=executor.is_local,
+        )
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
             check_base_layout(committed, base_checkpoint)

@@ -39,7 +39,7 @@ def cast_savings(
     Returns
     -------
     CastSavings or None
-        None where nothing would be cast, or there are no two.
+        None where nothing would be cast, or there are no two that are whole.
     """
     blocks = [
         BlockOf(tensor, block)
@@ -47,7 +47,7 @@ def cast_savings(
         if (tensor.base_dtype.code, tensor.dtype.code) == ("BF16", "F32")
         for block in range(tensor.blocks)
     ]
-    if len(places) < 2 or not blocks:
+    if len(places) < 2 or not blocks or any(place.patch is not None for place in places[-2:]):
         return None
     chosen = [
         blocks[i] for i in np.linspace(0, len(blocks) - 1, min(_BLOCKS, len(blocks))).astype(int)

@@ -31,6 +31,7 @@ from relex_stream.graph import Stage, Threads, grouped
 from relex_stream.locations import Location
 from relex_stream.matching import CheckpointPlaces, kept_files, match_checkpoint
 from relex_stream.pagecache import forget
+from relex_stream.patches import Patches
 from relex_stream.source_blocks import SourceBlocks
 from relex_stream.sources import CheckpointReader
 from relex_stream.specs import (
@@ -45,6 +46,7 @@ from relex_stream.store.records import FileEntry, StoredTensor
 from relex_stream.store.write import blob_name, recipe_of
 from relex_stream.summaries import StagePlan
 from relex_stream.ulp import Bits
+from relex_stream.unpacking import unpack, unpacking_bytes
 from relex_stream.warmup import warm_up_decoding
 
 
@@ -137,7 +139,12 @@ def compare_step(
         tasks=shape.blocks,
         read_bytes=source.nbytes + int(store.frame_bytes[: row + 1].sum(dtype=np.int64)),
         write_bytes=0,
-        worker_bytes=planner.compare_worker_bytes(shape),
+        worker_bytes=planner.compare_worker_bytes(shape)
+        if places.patch is None
+        else max(
+            planner.compare_worker_bytes(shape) + shape.largest_block_bytes,
+            unpacking_bytes(shape.largest_block_bytes),
+        ),
     )
     capacity = executor.prepare(warm_up_decoding, float_pairs(store.manifest.tensors), progress)
     plan = planner.make_plan(
@@ -148,20 +155,29 @@ def compare_step(
     _forget_frames(store, row)
     with CheckpointReader() as reader:
         reader.expect(source)
-        results: dict[Hashable, _Found] = executor.run(
-            BlockComparison(store, open_base(store, base, reader), places, row, reader),
-            grouped(
-                (
-                    tensor.index,
-                    [BlockOf(tensor, block) for block in range(tensor.blocks)],
-                    lambda at: at.elements * at.tensor.itemsize,
-                )
-                for tensor in _in_file_order(store, places)
-            ),
+        weights = open_base(store, base, reader)
+        with unpack(
+            store.path,
+            [places],
+            store.manifest.tensors,
+            reader,
             workers=plan.workers,
-            name=f"compare step {source.step}",
             progress=progress,
-        )
+        ) as patches:
+            results: dict[Hashable, _Found] = executor.run(
+                BlockComparison(store, weights, places, row, reader, patches),
+                grouped(
+                    (
+                        tensor.index,
+                        [BlockOf(tensor, block) for block in range(tensor.blocks)],
+                        lambda at: at.elements * at.tensor.itemsize,
+                    )
+                    for tensor in _in_file_order(store, places)
+                ),
+                workers=plan.workers,
+                name=f"compare step {source.step}",
+                progress=progress,
+            )
         reader.verify_unchanged(source.weights_paths)
     found = _Found.combine(results.values())
     return Comparison(
@@ -182,6 +198,8 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
         Of the step in the store.
     reader : CheckpointReader
         What the checkpoint is read with.
+    patches : Patches
+        What it changes of the one before, where it holds no more.
     """
 
     fetches = True
@@ -193,13 +211,14 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
         places: CheckpointPlaces,
         row: int,
         reader: CheckpointReader,
+        patches: Patches,
     ) -> None:
         super().__init__()
         self._store = store
         self._base = base
         self._places = places
         self._row = row
-        self._source = SourceBlocks(reader, [places])
+        self._source = SourceBlocks(reader, [places], patches)
         self._heads_of: dict[str, list[StoredTensor]] = {}
         for tensor in store.manifest.tensors:
             if tensor.tied_to is not None and places.table.holds(tensor.index):
@@ -227,31 +246,44 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
 
     def _compare(self, at: Blocks) -> list[_Found]:
         try:
-            stored = self._decode(at)
+            before = self._before(at)
+            stored = self._decode(at, self._row + 1)
         except CorruptionError as error:
             if len(at.blocks) == 1:
                 return [_Found(problems=[str(error)])]
             return [found for block in at.blocks for found in self._compare(block)]
         return [
-            self._compare_block(block, stored[low:high])
+            self._compare_block(
+                block, stored[low:high], None if before is None else before[low:high]
+            )
             for block, (low, high) in zip(at.blocks, pairwise(at.bounds), strict=True)
         ]
 
-    def _decode(self, at: Blocks) -> Bits:
+    def _before(self, at: Blocks) -> Bits | None:
+        """Return the bits at the step before, where the checkpoint is made of that."""
+        if self._places.patch is None:
+            return None
+        bits = self._decode(at, self._row)
+        kept: Bits = self.of_thread(Workspace).array("before", bits.shape, bits.dtype)
+        kept[:] = bits
+        return kept
+
+    def _decode(self, at: Blocks, rows: int) -> Bits:
         reader = BlockReader(self._store, self._base, self.of_thread(Workspace))
         bits = reader.base_bits(at)
         if at.blocks[0].tensor.kind == "tracked":
-            bits = reader.bits_at(at, bits, self._row + 1)
+            bits = reader.bits_at(at, bits, rows)
         return bits
 
-    def _compare_block(self, at: BlockOf, stored: Bits) -> _Found:
+    def _compare_block(self, at: BlockOf, stored: Bits, before: Bits | None) -> _Found:
         """Compare a block with its tensor, with what is tied to that, and with copies."""
         found = _Found()
         workspace = self.of_thread(Workspace)
         there = workspace.array("compared", at.elements, stored.dtype)
-        held = [at.tensor] if self._places.table.holds(at.tensor.index) else []
+        is_told = before is not None or self._places.table.holds(at.tensor.index)
+        held = [at.tensor] if is_told else []
         for tensor in (*held, *self._heads_of.get(at.tensor.name, ())):
-            self._source.read(at, 0, there, workspace, tensor)
+            self._source.read(at, 0, there, workspace, tensor, before)
             self._note(found, at, tensor, 0, stored, there)
         for first, bits in self._source.copies(at, 0, workspace):
             self._note(found, at, at.tensor, first, stored[first : first + bits.size], bits)
@@ -271,10 +303,10 @@ class BlockComparison(Stage[tuple[BlockOf, ...], None, _Found]):
         if np.array_equal(stored, there):
             return
         differ = np.flatnonzero(stored != there)
-        file, _ = self._places.table.first_place(tensor.index)
+        path = self._source.path_of(tensor, 0)
         found.problems.append(
             f"step {self._places.step}: tensor {tensor.name}, block {at.block}: {differ.size} of "
-            f"{at.elements} elements are not as in {self._places.files[file]}, the first is "
+            f"{at.elements} elements are not as in {path}, the first is "
             f"element {at.start + first + int(differ[0])}"
         )
 

@@ -22,15 +22,16 @@ class KeptError(Exception):
 
 
 def files_to_free(source: SourceCheckpoint, checkpoints: Path) -> tuple[VerifiedFile, ...]:
-    """Return the weights files of a checkpoint that a store can put together again.
+    """Return the weights files of a checkpoint that a store replaces.
 
-    Not those that also hold what is not kept, like the state of an optimizer.
+    Those that it can put together again, and those that hold nothing but changes; not those that
+    also hold what is not kept, like the state of an optimizer.
     """
     directory = Path(os.path.relpath(source.directory, checkpoints.absolute()))
     return tuple(
         VerifiedFile((directory / file.relative_path).as_posix(), file.size, file.modified_ns)
         for file in source.weights_files
-        if file.parts is not None
+        if file.parts is not None or source.patch is not None
     )
 
 

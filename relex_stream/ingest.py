@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import google_crc32c
 import numpy as np
@@ -29,6 +29,7 @@ from relex_stream.errors import SourceError, TrajectoryError
 from relex_stream.graph import Stage
 from relex_stream.locations import Location
 from relex_stream.matching import CheckpointPlaces
+from relex_stream.patches import Patches
 from relex_stream.scan import (
     UNREADABLE,
     ScanBlocks,
@@ -136,6 +137,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         base: BaseWeights,
         reader: CheckpointReader,
         checkpoints: Sequence[CheckpointPlaces],
+        patches: Patches | None = None,
         seed: int,
         sketch_width: int,
         allow_nonfinite: bool,
@@ -159,7 +161,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         for tensor in tied_tensors:
             assert tensor.tied_to is not None
             self._heads_of.setdefault(tensor.tied_to, []).append(tensor)
-        self._source = SourceBlocks(reader, checkpoints)
+        self._source = SourceBlocks(reader, checkpoints, patches)
         # With many checkpoints the system's own reading ahead is faster: 16 took 10.1 to 12.0 s
         # from a disk, and 13.0 to 14.7 s where they were asked for.
         self.fetches = len(checkpoints) == 1 or self._is_remote
@@ -267,11 +269,13 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         self, at: BlockOf, base_bits: Bits, base_crc: NDArray[np.uint32]
     ) -> ScanTables:
         for index, checkpoint in enumerate(self._checkpoints):
+            if self._source.is_made_of_the_one_before(index, at.tensor):
+                continue  # it cannot change
             now = self._read_step(at, index, "other", at.tensor)
             if not np.array_equal(now, base_bits):
                 raise TrajectoryError(
                     f"step {checkpoint.step}: tensor {at.tensor.name} ({at.tensor.dtype.code}) in "
-                    f"{self._source.path_of(at, index)} differs from the "
+                    f"{self._source.path_of(at.tensor, index)} differs from the "
                     "base; only BF16, F16 and F32 tensors may change. Leave that step out with "
                     "--steps"
                 )
@@ -300,15 +304,29 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         held_again = self._is_held_again(first.tensor)
         run = 1 if held_again else self._source.steps_at_a_time(at)
         for low in range(0, steps, run):
-            self._scan_run(at, low, min(steps, low + run), base, state, tables, frames)
+            high = min(steps, low + run)
+            self._scan_run(at, low, high, base, state, tables, frames)
             if held_again:
                 self._check_tied_step(first, low, state)
                 self._check_copies(first, low, state)
-        if not self._allow_nonfinite and (tables.nonfinite_at >= 0).any():
-            number, index = map(int, np.argwhere(tables.nonfinite_at >= 0)[0])
-            position = int(tables.nonfinite_at[number, index])
-            raise self._nonfinite_error(at.blocks[number], index, position)
+            if not self._allow_nonfinite and (tables.nonfinite_at[:, low:high] >= 0).any():
+                self._refuse_nonfinite(at, low, high, tables, state)
         return tables
+
+    def _refuse_nonfinite(
+        self, at: Blocks, low: int, high: int, tables: ScanTables, state: Bits
+    ) -> NoReturn:
+        """Name the first value among the steps ``low : high`` that is not finite."""
+        number, index = map(int, np.argwhere(tables.nonfinite_at[:, low:high] >= 0)[0])
+        block, index = at.blocks[number], low + index
+        position = int(tables.nonfinite_at[number, index])
+        # What is made of the step before cannot be read again; then it is the state.
+        bits = (
+            state[at.bounds[number] :]
+            if high - low == 1
+            else self._read_step(block, index, "other", block.tensor)
+        )
+        raise self._nonfinite_error(block, index, position, int(bits[position]))
 
     def _scan_run(
         self,
@@ -330,7 +348,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
         done = attempts = 0
         while done < len(at.blocks) * (high - low):
             before = done
-            with self._source.lent(at, low, high, self._workspace) as reads:
+            with self._source.lent(at, low, high, self._workspace, state) as reads:
                 done, reason = scan_steps(
                     reads,
                     done,
@@ -347,7 +365,7 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
                 self._read_step(at.blocks[number], low + step, "other", at.blocks[number].tensor)
                 attempts += 1
                 if attempts > _MOST_ATTEMPTS:
-                    path = self._source.path_of(at.blocks[number], low + step)
+                    path = self._source.path_of(at.blocks[number].tensor, low + step)
                     raise SourceError(f"{path}: reading fails again and again")
 
     @staticmethod
@@ -379,13 +397,14 @@ class Ingest(Stage[tuple[BlockOf, ...], None, BlockStatistics]):
             kept.scan = scan_buffers(codec, changes)
         return kept.scan
 
-    def _nonfinite_error(self, at: BlockOf, index: int, position: int) -> TrajectoryError:
-        pattern = int(self._read_step(at, index, "other", at.tensor)[position])
+    def _nonfinite_error(
+        self, at: BlockOf, index: int, position: int, pattern: int
+    ) -> TrajectoryError:
         checkpoint = self._checkpoints[index]
         return TrajectoryError(
             f"step {checkpoint.step}: tensor {at.tensor.name} holds a value that is not finite "
             f"(bits {pattern:#x}) at element {at.start + position}, where the base is finite, in "
-            f"{self._source.path_of(at, index)}; leave that step out with "
+            f"{self._source.path_of(at.tensor, index)}; leave that step out with "
             "--steps, or store it exactly with --allow-nonfinite"
         )
 

@@ -8,8 +8,8 @@ checked when they are read.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from relex_stream.locations import location
 from relex_stream.pieces import PieceTable, Span, spans_of
 from relex_stream.sources.checkpoint import INDEX_FILE
 from relex_stream.sources.dcp_metadata import METADATA
-from relex_stream.specs import Piece, SourceCheckpoint, TensorPlace, WeightsFile
+from relex_stream.specs import Patch, Piece, SourceCheckpoint, TensorPlace, WeightsFile
 from relex_stream.store.arrays import array_name
 from relex_stream.store.records import StoredTensor
 from relex_stream.ulp import FORMATS, can_widen
@@ -61,6 +61,9 @@ def describe_tensors(
             f"--as bf16 casts to BF16 what the base has in BF16, and {base.directory} has nothing "
             "in it; give the base in BF16"
         )
+    if first.patch is not None:
+        # All that it does not tell of is as in the base.
+        first = replace(first, tensors=base.tensors | first.tensors)
     described: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
     unmatched = []
@@ -196,6 +199,8 @@ class CheckpointPlaces:
     nbytes : int
         Bytes of all files that are taken in.
     skipped_files : tuple of str
+    patch : PatchPlaces or None
+        What makes it of the checkpoint before, where it holds only what changed.
     """
 
     step: int
@@ -207,6 +212,57 @@ class CheckpointPlaces:
     copies: PieceTable | None
     nbytes: int
     skipped_files: tuple[str, ...]
+    patch: PatchPlaces | None = None
+
+
+@dataclass(frozen=True)
+class PatchPlaces:
+    """Where the changes of a checkpoint lie packed, kept small as `CheckpointPlaces` is.
+
+    Attributes
+    ----------
+    encoding : str
+        As in `Patch`.
+    tensor : ndarray of int32, shape (n,)
+        Number of the store's tensor that each entry changes; -1 of one that is of many tensors.
+    file : ndarray of int32, shape (n,)
+    offset, nbytes : ndarray of int64, shape (n,)
+    digest : list of bytes
+        Of what each comes to, as in `PackedChange`.
+    names : dict of str to int
+        What the entry of many calls its tensors, and their numbers.
+    digest_kind : str
+    weights_digest : bytes
+        As in `Patch`.
+    """
+
+    encoding: str
+    tensor: NDArray[np.int32]
+    file: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    digest: list[bytes]
+    names: dict[str, int]
+    digest_kind: str
+    weights_digest: bytes
+
+    @classmethod
+    def of(cls, patch: Patch, numbers: Mapping[str, int], files: Mapping[str, int]) -> PatchPlaces:
+        """Return a patch by the numbers of tensors and files."""
+        entries = [(numbers[name], change) for name, change in patch.changes.items()]
+        if patch.together is not None:
+            entries.append((-1, patch.together))
+        return cls(
+            encoding=patch.encoding,
+            tensor=np.array([tensor for tensor, _ in entries], np.int32),
+            file=np.array([files[change.path] for _, change in entries], np.int32),
+            offset=np.array([change.offset for _, change in entries], np.int64),
+            nbytes=np.array([change.nbytes for _, change in entries], np.int64),
+            digest=[change.digest for _, change in entries],
+            names={own: numbers[name] for own, name in patch.names.items()},
+            digest_kind=patch.digest_kind,
+            weights_digest=patch.weights_digest,
+        )
 
 
 def kept_files(
@@ -278,6 +334,10 @@ def match_checkpoint(
         raise SourceError(
             f"{error.filename}: cannot be read: {error.strerror}; check that it is still there"
         ) from error
+    patch = None
+    if checkpoint.patch is not None:
+        numbers = {tensor.name: tensor.index for tensor in tensors}
+        patch = PatchPlaces.of(checkpoint.patch, numbers, number)
     return CheckpointPlaces(
         step=checkpoint.step,
         name=name,
@@ -288,6 +348,7 @@ def match_checkpoint(
         copies=copies,
         nbytes=checkpoint.nbytes + side_bytes,
         skipped_files=checkpoint.skipped_files,
+        patch=patch,
     )
 
 
@@ -298,11 +359,41 @@ def _refuse_other_tensors(checkpoint: SourceCheckpoint, tensors: Sequence[Stored
         for tensor in tensors
         if tensor.kind != "tied" and tensor.name not in checkpoint.tensors
     ]
-    if missing:
+    if missing and checkpoint.patch is None:
         raise TrajectoryError(_lacks(checkpoint, missing))
-    extra = [name for name in checkpoint.tensors if name not in names]
+    _refuse_extra(checkpoint, names)
+    if checkpoint.patch is not None:
+        _refuse_unchangeable(checkpoint, checkpoint.patch, tensors)
+
+
+def _refuse_unchangeable(
+    checkpoint: SourceCheckpoint, patch: Patch, tensors: Sequence[StoredTensor]
+) -> None:
+    changed = {*patch.changes, *patch.names.values()}
+    for tensor in tensors:
+        if tensor.name in changed and tensor.kind != "tracked":
+            why = (
+                f"which is kept as one with {tensor.tied_to}"
+                if tensor.tied_to is not None
+                else f"which is {tensor.dtype.code}, and only BF16, F16 and F32 tensors may change"
+            )
+            raise TrajectoryError(
+                f"step {checkpoint.step}: {checkpoint.directory} changes tensor {tensor.name}, "
+                f"{why}. Leave that step and those after it out with --steps"
+            )
+
+
+def _refuse_extra(checkpoint: SourceCheckpoint, names: Collection[str]) -> None:
+    extra = [name for name in _told_of(checkpoint) if name not in names]
     if extra:
         raise TrajectoryError(_has_extra(checkpoint, extra))
+
+
+def _told_of(checkpoint: SourceCheckpoint) -> Iterable[str]:
+    """Return the names of all tensors that a checkpoint holds, or holds changes of."""
+    patch = checkpoint.patch
+    changed = () if patch is None else (*patch.changes, *patch.names.values())
+    return (*checkpoint.tensors, *changed)
 
 
 def _is_cast(

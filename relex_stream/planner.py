@@ -138,18 +138,26 @@ def _ingest_partial_bytes(shape: ModelShape, steps: int) -> int:
 
 
 def ingest_shared_bytes(
-    shape: ModelShape, steps: int, rows: int, largest_tensor_blocks: int, pieces: int
+    shape: ModelShape,
+    steps: int,
+    rows: int,
+    largest_tensor_blocks: int,
+    pieces: int,
+    patched_steps: int = 0,
 ) -> int:
     """Count what all workers of build-store share for a batch: sums, results, tables, objects.
 
-    `pieces` are those that the tensors of one checkpoint lie in.
+    `pieces` are those that the tensors of one checkpoint lie in; of `patched_steps` only changes
+    are there.
     """
     tree = min(largest_tensor_blocks, SUM_TREE_ALIVE) * _ingest_partial_bytes(shape, steps)
     results = steps * (shape.sketched * (2 * shape.sketch_width + 4) + shape.tensors * 20)
     tables = (rows + 2 * steps) * shape.blocks * 16
     # Files and offsets may differ from step to step; where in the tensors they are does not.
     places = steps * pieces * 12 + pieces * 40
-    return tree + 2 * results + tables + places + _objects_bytes(shape)
+    # Where the changes of each block are unpacked, and those of each tensor packed.
+    patches = patched_steps * (20 * shape.blocks + 100 * shape.tensors)
+    return tree + 2 * results + tables + places + patches + _objects_bytes(shape)
 
 
 def statistics_bytes(memory_limit_bytes: int) -> int:

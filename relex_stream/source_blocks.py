@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relex_stream.blocks import BlockOf, Blocks, Workspace
 from relex_stream.matching import CheckpointPlaces
+from relex_stream.patches import Patches
 from relex_stream.pieces import Runs
 from relex_stream.scan import FETCHED, Reads
 from relex_stream.sources import CheckpointReader
@@ -37,14 +39,28 @@ class SourceBlocks:
     reader : CheckpointReader
     checkpoints : sequence of CheckpointPlaces
         Numbered from 0; matched to one store.
+    patches : Patches, optional
+        What those change that hold only what changed.
     """
 
-    def __init__(self, reader: CheckpointReader, checkpoints: Sequence[CheckpointPlaces]) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        checkpoints: Sequence[CheckpointPlaces],
+        patches: Patches | None = None,
+    ) -> None:
         self._reader = reader
         self._checkpoints = checkpoints
+        self._patches = patches
 
     def read(
-        self, at: BlockOf, index: int, out: Bits, workspace: Workspace, tensor: StoredTensor
+        self,
+        at: BlockOf,
+        index: int,
+        out: Bits,
+        workspace: Workspace,
+        tensor: StoredTensor,
+        before: Bits | None = None,
     ) -> None:
         """Read the block of a checkpoint's `tensor`: that of `at`, or another of its shape.
 
@@ -57,6 +73,8 @@ class SourceBlocks:
             Bit patterns in the store's dtype; bytes of a constant.
         workspace : Workspace
         tensor : StoredTensor
+        before : ndarray of unsigned int, shape (elements of `at`,), optional
+            The bits at the checkpoint before; needed where `is_made_of_the_one_before`.
 
         Raises
         ------
@@ -64,12 +82,22 @@ class SourceBlocks:
             If a file cannot be read, or has changed.
         """
         places = self._checkpoints[index]
-        if places.is_cast[tensor.index]:
+        if self.is_made_of_the_one_before(index, tensor):
+            assert before is not None
+            out[:] = before
+            if self._patches is not None and self._patches.changes(index, tensor):
+                self._patches.apply(index, at, out, workspace)
+        elif places.is_cast[tensor.index]:
             wide = workspace.array("wide source", at.elements, np.uint32)
             self._fill(at, places, tensor, wide)
             narrow(wide, FORMATS["F32"], FORMATS[tensor.dtype.code], out)
         else:
             self._fill(at, places, tensor, out)
+
+    def is_made_of_the_one_before(self, index: int, tensor: StoredTensor) -> bool:
+        """Say whether a checkpoint holds at most changes of a tensor."""
+        places = self._checkpoints[index]
+        return places.patch is not None and not places.table.holds(tensor.index)
 
     def copies(self, at: BlockOf, index: int, workspace: Workspace) -> Iterator[tuple[int, Bits]]:
         """Yield what a checkpoint holds of a block once more: its first element, and the bits.
@@ -93,11 +121,11 @@ class SourceBlocks:
             for places in self._checkpoints
         )
 
-    def path_of(self, at: BlockOf, index: int) -> str:
-        """Return a file that holds the block's tensor in a checkpoint, for messages."""
+    def path_of(self, tensor: StoredTensor, index: int) -> str:
+        """Return what holds a tensor in a checkpoint, a file or its directory, for messages."""
         places = self._checkpoints[index]
-        file, _ = places.table.first_place(at.tensor.index)
-        return places.files[file]
+        file, _ = places.table.first_place(tensor.index)
+        return places.files[file] if file >= 0 else places.directory
 
     def advise(self, at: BlockOf, index: int) -> bool:
         """Ask the system for a block's bytes, as `CheckpointReader.advise` does."""
@@ -134,17 +162,22 @@ class SourceBlocks:
         """Return how many checkpoints `lent` may take of some blocks, at least 1."""
         if are_objects(self._checkpoints[0].files):
             return 1  # each is read into memory first
+        if any(places.patch is not None for places in self._checkpoints):
+            return 1  # each is made of the one before
         most = max(
             len(places.table.files_of(at.blocks[0].tensor.index)) for places in self._checkpoints
         )
         return max(1, min(_MOST_FILES, self._reader.max_open) // max(1, most))
 
     @contextmanager
-    def lent(self, at: Blocks, low: int, high: int, workspace: Workspace) -> Iterator[Reads]:
+    def lent(
+        self, at: Blocks, low: int, high: int, workspace: Workspace, before: Bits
+    ) -> Iterator[Reads]:
         """Say where blocks lie in the checkpoints ``low : high``, their files open for it.
 
         All blocks lie in the same files (`kind_of`). Where the files of one checkpoint are more
-        than may be open, or on object storage, what they hold is read first.
+        than may be open, or on object storage, what they hold is read first; and what is changed of
+        the checkpoint before is made first, of the bits `before`.
 
         Yields
         ------
@@ -153,6 +186,10 @@ class SourceBlocks:
         """
         checkpoints = self._checkpoints[low:high]
         is_cast = np.array([bool(p.is_cast[at.blocks[0].tensor.index]) for p in checkpoints])
+        if self.is_made_of_the_one_before(low, at.blocks[0].tensor):
+            assert high - low == 1, "each is made of the one before"
+            yield self._made(at, low, workspace, before)
+            return
         bounds, number, offset, nbytes, paths = self._where(at, checkpoints)
         if len(paths) > self._reader.max_open or are_objects(paths):
             fetched = workspace.array("fetched", int(nbytes.sum()), np.uint8)
@@ -168,6 +205,24 @@ class SourceBlocks:
             yield Reads(
                 np.array(descriptors, np.int32), bounds, number, offset, nbytes, is_cast, none
             )
+
+    def _made(self, at: Blocks, index: int, workspace: Workspace, before: Bits) -> Reads:
+        """Return blocks of a checkpoint that are made of those before."""
+        made = workspace.array("fetched", before.shape, before.dtype)
+        for block, (low, high) in zip(at.blocks, pairwise(at.bounds.tolist()), strict=True):
+            self.read(
+                block, index, made[low:high], workspace, block.tensor, before=before[low:high]
+            )
+        starts = at.bounds * made.itemsize
+        return Reads(
+            descriptors=np.zeros(0, np.int32),
+            bounds=np.arange(len(at.blocks) + 1, dtype=np.int64),
+            file=np.full(len(at.blocks), FETCHED, np.int32),
+            offset=starts[:-1],
+            nbytes=np.diff(starts),
+            is_cast=np.zeros(1, np.bool_),
+            fetched=made.view(np.uint8),
+        )
 
     def _where(
         self, at: Blocks, checkpoints: Sequence[CheckpointPlaces]

@@ -132,6 +132,51 @@ class WeightsFile:
     parts: tuple[FilePart, ...] | None
 
 
+class PackedChange(NamedTuple):
+    """Where the changes of a tensor lie packed, in a file of a checkpoint.
+
+    ``digest`` is that of the tensor's bytes once they are made, as the feed tells it; empty where
+    it does not.
+    """
+
+    path: str
+    offset: int
+    nbytes: int
+    digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """How a checkpoint is made from the one before: what it does not tell of is as it was.
+
+    Attributes
+    ----------
+    follows : int or None
+        The step that it changes; None where that is not told: the one before in its directory.
+    encoding : str
+        How changes are packed: one of `relex_stream.unpacking.ENCODINGS`; "" where changed tensors
+        are there whole.
+    changes : dict of str to PackedChange
+        By tensor, where each is packed on its own.
+    together : PackedChange or None
+        All of them in one, where they are not; its digest is that of the packed file.
+    names : dict of str to str
+        With ``together``: what it calls its tensors, and their names in the base.
+    digest_kind : str
+        The function that digests are of; "" where there are none.
+    weights_digest : bytes
+        Of all tensors, by their names, one behind the other; empty where it is not told.
+    """
+
+    follows: int | None
+    encoding: str = ""
+    changes: dict[str, PackedChange] = field(default_factory=dict)
+    together: PackedChange | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    digest_kind: str = ""
+    weights_digest: bytes = b""
+
+
 @dataclass(frozen=True)
 class SourceCheckpoint:
     """An opened checkpoint directory (or the base, step 0): places of its tensors and its files.
@@ -139,7 +184,8 @@ class SourceCheckpoint:
     ``side_files`` are the other files to keep (config, tokenizer, ...), relative to ``directory``;
     ``skipped_files`` were left out on purpose (optimizer state and the like). ``copies`` are
     further pieces that hold parts of tensors once more (replicas of ranks), and are part of the
-    files: they must hold the same bits as ``tensors``.
+    files: they must hold the same bits as ``tensors``. With a ``patch`` the tensors are those that
+    it has whole, and all others are as in the checkpoint before, but for what the patch changes.
     """
 
     step: int
@@ -149,6 +195,7 @@ class SourceCheckpoint:
     side_files: tuple[str, ...]
     skipped_files: tuple[str, ...]
     copies: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    patch: Patch | None = None
 
     @property
     def nbytes(self) -> int:

@@ -131,11 +131,23 @@ ROOMS = {
     "warmup": Room(
         {"checksum", "ulp", "codec", "sketch", "scan", "block_sweep", "store"}, {"numpy"}
     ),
+    # Deltas of feeds: what they pack, unpacked and put upon the weights before.
+    "zstd_stream": Room(set(), {"numcodecs", "numpy"}, pure=True),
+    "chains": Room(pure=True),
+    "patches": Room({"blocks", "store", "ulp"}, {"numpy"}),
+    "unpacking": Room({"matching", "patches", "sources", "store", "zstd_stream"}, {"numpy"}),
+    "digests": Room(
+        {"base_weights", "block_reader", "blocks", "graph", "matching", "source_blocks", "store"}
+        | {"ulp"},
+        {"numpy"},
+    ),
     "matching": Room({"pieces", "sources", "ulp", "store", "listing"}, {"numpy"}),
     "source_blocks": Room(
-        {"blocks", "matching", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
+        {"blocks", "matching", "patches", "pieces", "scan", "sources", "store", "ulp"}, {"numpy"}
     ),
-    "ingest": Room(BELOW_STAGES | {"matching", "scan", "source_blocks"}, {"numpy"} | CHECKSUM),
+    "ingest": Room(
+        BELOW_STAGES | {"matching", "patches", "scan", "source_blocks"}, {"numpy"} | CHECKSUM
+    ),
     "assemble": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "subspaces": Room(BELOW_STAGES | {"grouping", "offload"}, {"numpy"}),
     "analysis": Room({"fit", "sketch"}, {"numpy"}, pure=True),
@@ -155,13 +167,19 @@ ROOMS = {
         {"blocks", "matching", "source_blocks", "sources", "store", "ulp"}, {"numpy"}
     ),
     "forks": Room(
-        {"blocks", "matching", "source_blocks", "sources", "store"}, {"numpy"} | CHECKSUM
+        {"base_weights", "block_reader", "blocks", "matching", "source_blocks", "sources"}
+        | {"store", "ulp", "unpacking"},
+        {"numpy"} | CHECKSUM,
     ),
     # The stages.
-    "additions": Room({"forks", "matching", "sources", "store"}),
-    "batches": Room(BELOW_STAGES | {"ingest", "matching"}, {"numpy"}),
+    "additions": Room({"chains", "forks", "matching", "sources", "store"}),
+    "batches": Room(
+        BELOW_STAGES | {"digests", "ingest", "matching", "patches", "source_blocks", "unpacking"},
+        {"numpy"},
+    ),
     "build": Room(
-        BELOW_STAGES | {"additions", "batches", "cast_savings", "matching", "warmup"}, {"numpy"}
+        BELOW_STAGES | {"additions", "batches", "cast_savings", "chains", "matching", "warmup"},
+        {"numpy"},
     ),
     "hf_files": Room({"sources", "store"}),
     "exporting": Room(BELOW_STAGES | {"assemble", "hf_files", "warmup"}, {"numpy"} | CHECKSUM),
@@ -187,7 +205,8 @@ ROOMS = {
     ),
     "verification": Room(BELOW_STAGES, {"numpy"} | CHECKSUM),
     "comparing": Room(
-        BELOW_STAGES | {"matching", "pagecache", "source_blocks", "warmup"}, {"numpy"}
+        BELOW_STAGES | {"matching", "pagecache", "patches", "source_blocks", "unpacking", "warmup"},
+        {"numpy"},
     ),
     # Following a run.
     "arrivals": Room({"sources"}),

@@ -78,7 +78,7 @@ def test_projections_grow_with_what_they_depend_on_and_nothing_else(name):
     ("formula", "arguments"),
     [
         (planner.ingest_worker_bytes, (13,)),
-        (planner.ingest_shared_bytes, (13, 7, 5, 331)),
+        (planner.ingest_shared_bytes, (13, 7, 5, 331, 3)),
         (planner.sweep_worker_bytes, (2_000_003,)),
         (planner.power_worker_bytes, (2_000_003, 50, 9)),
         (planner.gram_worker_bytes, (2_000_003, 50)),

@@ -70,8 +70,9 @@ def build_store(
     steps : str, optional
         ``"1:75"`` (75 included), ``"1:75:5"``, ``"1,5,10"`` or one number; default all.
     source : str
-        The format of the checkpoints: ``"safetensors"``, ``"split-safetensors"``, ``"fsdp"`` or
-        ``"dcp"``; ``"auto"`` for the first that all steps have.
+        The format of the checkpoints: ``"safetensors"``, ``"split-safetensors"``, ``"fsdp"``,
+        ``"dcp"`` or ``"grail"``; ``"auto"`` for the first of these that all steps have.
+        ``"changed-safetensors"`` for model directories without the tensors that did not change.
     strip_prefix : str, optional
         What names of tensors in checkpoints begin with and those of the base do not; found out if
         not given.

@@ -246,7 +246,9 @@ steps = click.option(
 
 source = click.option(
     "--source",
-    type=click.Choice(["auto", "safetensors", "split-safetensors", "fsdp", "dcp"]),
+    type=click.Choice(
+        ["auto", "safetensors", "split-safetensors", "fsdp", "dcp", "grail", "changed-safetensors"]
+    ),
     default="auto",
     show_default=True,
     help="The format of the checkpoints; auto takes the first that all steps have.",

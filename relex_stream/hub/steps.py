@@ -28,7 +28,10 @@ PATTERNS = (*(family.pattern for family in TRAINERS), "step{step}")
 _PLACES = FORMATS[0].places
 """Where safetensors may lie inside a step: no other format is fetched."""
 
-_READ_LOCALLY = ("model_world_size_*_rank_*.pt", "*.distcp", "shard-*-model-*-of-*.safetensors")
+_READ_LOCALLY = (
+    *("model_world_size_*_rank_*.pt", "*.distcp", "shard-*-model-*-of-*.safetensors"),
+    "delta_sparse.bin.zst",
+)
 """Names of files in the other formats."""
 
 _REMEDY = "upload it anew, or name another model or other --steps"

@@ -23,6 +23,9 @@ from .strict_json import parse_object, shown
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+DELTA_MARK = "delta_encoding"
+"""In the metadata of an index whose files hold changes, and no tensors."""
+
 _AS_THEY_ARE = Naming()
 
 
@@ -81,7 +84,9 @@ def open_checkpoint(
             tensors[name] = place
         weights_files.append(weights_file)
     if shards is not None:
-        _check_index(directory / INDEX_FILE, shards, tensors)
+        check_index(
+            directory / INDEX_FILE, shards, {name: place.path for name, place in tensors.items()}
+        )
     if not tensors:
         raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
     refuse_quantised(directory, (place.spec for place in tensors.values()))
@@ -188,38 +193,63 @@ def read_index(path: Location) -> dict[str, str]:
             f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from error
     try:
-        weight_map: Any = parse_object(data).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("it has no object 'weight_map' with at least one tensor")
-        for name, shard in weight_map.items():
-            if not name or "\0" in name:
-                raise ValueError(f"tensor name {shown(name)} is empty or holds a NUL")
-            if not isinstance(shard, str):
-                raise ValueError(f"tensor {shown(name)} has {shown(shard)} where a file belongs")
-            if check_relative_path(shard).count("/"):
-                raise ValueError(f"shard {shown(shard)} is not in the same directory")
+        parsed = parse_object(data)
+        metadata = parsed.get("metadata")
+        if isinstance(metadata, dict) and DELTA_MARK in metadata:
+            raise SourceError(
+                f"{path}: these files hold only what changed since another version; give a whole "
+                "model here, and checkpoints of changes on this machine"
+            )
+        return parse_weight_map(parsed)
     except ValueError as error:
         raise SourceError(f"{path}: bad index: {error}; copy it again or save it anew") from None
+
+
+def parse_weight_map(index: dict[str, Any], *, may_be_empty: bool = False) -> dict[str, str]:
+    """Return the weight map of a parsed index; ValueError with a clause if it is malformed."""
+    weight_map: Any = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not (weight_map or may_be_empty):
+        raise ValueError("it has no object 'weight_map' with at least one tensor")
+    for name, shard in weight_map.items():
+        if not name or "\0" in name:
+            raise ValueError(f"tensor name {shown(name)} is empty or holds a NUL")
+        if not isinstance(shard, str):
+            raise ValueError(f"tensor {shown(name)} has {shown(shard)} where a file belongs")
+        if check_relative_path(shard).count("/"):
+            raise ValueError(f"shard {shown(shard)} is not in the same directory")
     return weight_map
 
 
-def _check_index(index: Location, shards: dict[str, str], tensors: dict[str, TensorPlace]) -> None:
-    """Check that the index maps exactly the tensors the shards hold, each to its shard."""
+def check_index(index: Location, shards: dict[str, str], tensors: dict[str, str]) -> None:
+    """Check that an index maps exactly the tensors that its shards hold, each to its shard.
+
+    Parameters
+    ----------
+    index : Path or Url
+    shards : dict of str to str
+        Its map of tensors to names of shards.
+    tensors : dict of str to str
+        The path of the shard that does hold each tensor.
+
+    Raises
+    ------
+    SourceError
+    """
     for name, shard in shards.items():
         if name not in tensors:
             raise SourceError(
                 f"{index}: tensor {shown(name)} is said to be in {shard}, which does not hold it; "
                 "copy the shard again or save the model anew"
             )
-        actual = os.path.basename(tensors[name].path)
+        actual = os.path.basename(tensors[name])
         if actual != shard:
             raise SourceError(
                 f"{index}: tensor {shown(name)} is said to be in {shard}, but {actual} holds it; "
                 "copy the index again or save the model anew"
             )
-    for name, place in tensors.items():
+    for name, path in tensors.items():
         if name not in shards:
             raise SourceError(
-                f"{place.path}: tensor {shown(name)} is not in {index.name}; copy the index again "
+                f"{path}: tensor {shown(name)} is not in {index.name}; copy the index again "
                 "or save the model anew"
             )

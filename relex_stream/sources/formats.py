@@ -9,10 +9,13 @@ from pathlib import Path
 from ..errors import SourceError
 from ..locations import Location, Url
 from ..specs import SourceCheckpoint
+from .changed import open_changed
 from .checkpoint import holds_weights, open_checkpoint
 from .dcp import holds_dcp, open_dcp
 from .fsdp import holds_shards, open_shards
+from .grail import holds_window, open_window
 from .naming import Naming
+from .slime import holds_changes, open_changes
 from .split_safetensors import holds_split, open_split
 
 
@@ -34,6 +37,8 @@ class Format:
         Whether a directory has files that `open` would start from; cheap.
     open : callable
         Opens a directory, of a step, its tensors under the base's names. Raises `SourceError`.
+    is_detected : bool
+        Whether it may be found out, and not only asked for by name.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Format:
     places: tuple[str, ...]
     holds: Callable[[Location], bool]
     open: Callable[[Location, int, Naming], SourceCheckpoint]
+    is_detected: bool = True
 
 
 def _here(
@@ -60,17 +66,26 @@ def _here(
     return opened
 
 
+def _open_model(directory: Location, step: int, naming: Naming) -> SourceCheckpoint:
+    """Open a model directory, or one laid out as such that says that it holds changes."""
+    if isinstance(directory, Path) and holds_changes(directory):
+        return open_changes(directory, step, naming)
+    return open_checkpoint(directory, step, naming)
+
+
+_MODEL_PLACES = (
+    *(".", "huggingface", "actor/huggingface", "actor/model/huggingface"),
+    *("weight", "policy/weights/model/consolidated", "policy/weights/model"),
+)
+
 FORMATS = (
     Format(
         name="safetensors",
         title="safetensors",
         looked_for="model.safetensors or model.safetensors.index.json",
-        places=(
-            *(".", "huggingface", "actor/huggingface", "actor/model/huggingface"),
-            *("weight", "policy/weights/model/consolidated", "policy/weights/model"),
-        ),
+        places=_MODEL_PLACES,
         holds=holds_weights,
-        open=open_checkpoint,
+        open=_open_model,
     ),
     Format(
         name="split-safetensors",
@@ -98,6 +113,23 @@ FORMATS = (
         ),
         holds=holds_dcp,
         open=_here(open_dcp),
+    ),
+    Format(
+        name="grail",
+        title="grail windows",
+        looked_for="DELTA/delta_sparse.bin.zst or FULL/model.safetensors",
+        places=(".",),
+        holds=holds_window,
+        open=_here(open_window),
+    ),
+    Format(
+        name="changed-safetensors",
+        title="changed tensors",
+        looked_for="model.safetensors or model.safetensors.index.json",
+        places=_MODEL_PLACES,
+        holds=holds_weights,
+        open=_here(open_changed),
+        is_detected=False,
     ),
 )
 """The first one counts that all steps hold in the same place."""

@@ -38,12 +38,15 @@ class FoundCheckpoints:
         Step number and weights directory, as `open` takes it.
     unfinished : dict of int to str
         Steps selected but left out, because the trainer has not finished them: what shows it.
+    there : tuple of int
+        All steps in the directory, selected and finished or not.
     """
 
     layout: str
     format: Format
     checkpoints: tuple[tuple[int, Location], ...]
     unfinished: Mapping[int, str]
+    there: tuple[int, ...]
 
     def open(self, path: Location, step: int, naming: Naming) -> SourceCheckpoint:
         """Open one of the checkpoints, its tensors under the base's names.
@@ -136,7 +139,13 @@ def find_checkpoints(
             stacklevel=2,
         )
     selected = select_steps(directory, by_step, steps)
-    unfinished = {step: reason for step, reason in unfinished.items() if step in selected}
+    # Of what the store has, marks may be gone with the weights.
+    gone = {
+        step for step in may_lack if step in selected and _held(selected[step], formats) is None
+    }
+    unfinished = {
+        step: reason for step, reason in unfinished.items() if step in selected and step not in gone
+    }
     if unfinished:
         explicit = steps.explicit if steps is not None else ()
         warnings.warn(
@@ -144,13 +153,9 @@ def find_checkpoints(
         )
         selected = {step: path for step, path in selected.items() if step not in unfinished}
     layout = pattern.strip("/").replace("{step}", "N")
-    selected = {
-        step: path
-        for step, path in selected.items()
-        if step not in may_lack or _held(path, formats) is not None
-    }
+    selected = {step: path for step, path in selected.items() if step not in gone}
     if not selected:
-        return FoundCheckpoints(layout, formats[0], (), unfinished)
+        return FoundCheckpoints(layout, formats[0], (), unfinished, tuple(by_step))
     chosen, inside = _find_weights(selected, formats)
     if inside != ".":
         layout = f"{layout}/{inside}"
@@ -161,6 +166,7 @@ def find_checkpoints(
         chosen,
         tuple((step, path / inside) for step, path in selected.items()),
         unfinished,
+        tuple(by_step),
     )
 
 
@@ -220,7 +226,7 @@ def list_steps(
 
 def _formats(source: str) -> Sequence[Format]:
     if source == "auto":
-        return FORMATS
+        return [format_ for format_ in FORMATS if format_.is_detected]
     chosen = [format_ for format_ in FORMATS if format_.name == source]
     if not chosen:
         names = ", ".join(format_.name for format_ in FORMATS)

@@ -35,10 +35,13 @@ class FoundRun:
         As in `FoundCheckpoints`; of all phases, if they differ.
     checkpoints : tuple of (int, Path or Url)
         Step number in the run, and weights directory, as `open` takes it.
+    there : tuple of int
+        As in `FoundCheckpoints`, of the run's numbers.
     """
 
     layout: str
     checkpoints: tuple[tuple[int, Location], ...]
+    there: tuple[int, ...]
     _found_in: Mapping[Location, FoundCheckpoints]
 
     def open(self, path: Location, step: int, naming: Naming) -> SourceCheckpoint:
@@ -89,7 +92,10 @@ def find_run(
     if len(phases) == 1 and phases[0].offset == 0:
         found = find_checkpoints(phases[0].directory, pattern, steps, source, may_lack)
         return FoundRun(
-            found.layout, found.checkpoints, {path: found for _, path in found.checkpoints}
+            found.layout,
+            found.checkpoints,
+            found.there,
+            {path: found for _, path in found.checkpoints},
         )
     joined: dict[int, Location] = {}
     found_in: dict[Location, FoundCheckpoints] = {}
@@ -122,7 +128,7 @@ def find_run(
             f"{places}: {wanted} is selected; steps there: {summarise([*map(str, sorted(there))])}"
         )
     layouts = dict.fromkeys(found_in[path].layout for path in joined.values())
-    return FoundRun("; ".join(layouts), tuple(joined.items()), found_in)
+    return FoundRun("; ".join(layouts), tuple(joined.items()), tuple(sorted(there)), found_in)
 
 
 def _kept(

@@ -97,7 +97,8 @@ def test_no_weights(tmp_path):
     with pytest.raises(
         SourceError,
         match=r"global_step_2: no weights: found actor; save .* \(looked for model.safetensors or "
-        r"model.safetensors.index.json; shard-\*.*; \.metadata with \*\.distcp; there and where",
+        r"model.safetensors.index.json; shard-\*.*; \.metadata with \*\.distcp; DELTA/.*; "
+        r"there and where",
     ):
         find_checkpoints(tmp_path)
     (actor / "model.pt").write_bytes(b"")
