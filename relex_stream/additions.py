@@ -6,13 +6,14 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from relex_stream.chains import in_order
-from relex_stream.errors import OptionError, RelexStreamWarning, TrajectoryError
-from relex_stream.forks import is_stored
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
+from relex_stream.forks import is_stored, refuse_other_base
 from relex_stream.locations import Location
 from relex_stream.matching import match_checkpoint
 from relex_stream.sources import CheckpointReader, FoundRun
@@ -67,6 +68,8 @@ def steps_to_add(
     ------
     TrajectoryError
         If stored steps are other ones than those found, and are not to be replaced.
+    SourceError
+        If steps are to be replaced over another base than the store's.
     """
     store = writer.store
     if store is None:
@@ -84,6 +87,7 @@ def steps_to_add(
             "of those stored; to take them back alone, use drop"
         )
     # Those that come instead must be ones that can: what is taken back is gone.
+    refuse_other_base(store, base, reader)
     last = kept[-1] if kept else 0
     opened = (open_step(path, step) for step, path in todo)
     for checkpoint in in_order(opened, last, found.there, cast=cast):
@@ -104,7 +108,8 @@ def _refuse_fork(
 ) -> None:
     """Refuse to go on where stored steps that are there `again` are other ones.
 
-    The last of them is looked at: what is appended follows it.
+    The last of them that can be opened is looked at: what is appended follows it. Of the others the
+    weights are gone, and perhaps not all that lay beside them.
 
     Raises
     ------
@@ -112,14 +117,21 @@ def _refuse_fork(
         Naming the first step that differs.
     """
 
-    def differs(step: int, path: Location) -> bool:
-        return not is_stored(store, open_step(path, step), reader, base, cast=cast)
+    def opened(steps: Iterable[tuple[int, Location]]) -> Iterator[SourceCheckpoint]:
+        for step, path in steps:
+            with contextlib.suppress(SourceError):
+                yield open_step(path, step)
 
-    if not differs(*again[-1]):
+    def differs(checkpoint: SourceCheckpoint) -> bool:
+        return not is_stored(store, checkpoint, reader, base, cast=cast)
+
+    last = next(opened(reversed(again)), None)
+    if last is None or not differs(last):
         return
-    step, path = next((step, path) for step, path in again if differs(step, path))
+    first = next(checkpoint for checkpoint in opened(again) if differs(checkpoint))
+    step = first.step
     raise TrajectoryError(
-        f"step {step} in {path} is not the one that is stored: the run was taken up again before "
-        f"it (a fork). Give --replace-from {step} to take back the stored steps from there on and "
-        "store these instead, or name another STORE"
+        f"step {step} in {first.directory} is not the one that is stored: the run was taken up "
+        f"again before it (a fork). Give --replace-from {step} to take back the stored steps from "
+        "there on and store these instead, or name another STORE"
     )

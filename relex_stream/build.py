@@ -42,6 +42,7 @@ from relex_stream.store import Store, StoreWriter
 from relex_stream.store.records import (
     MAX_BLOCK_BYTES,
     FileEntry,
+    StoredTensor,
     place_tensors,
 )
 from relex_stream.summaries import BuildSummary, CastSavings, Plan
@@ -109,6 +110,8 @@ def build(
             progress=progress,
         ) as executor,
     ):
+        # Before any stored step is taken back.
+        _check_continued(writer.store, base_checkpoint, cast)
         todo, skipped = steps_to_add(
             writer,
             found,
@@ -129,7 +132,6 @@ def build(
         )
         seed, include_base = _settled_options(committed, seed, include_base=include_base)
         if committed is not None:
-            check_base_layout(committed, base_checkpoint)
             tensors, block_bytes = committed.manifest.tensors, committed.manifest.block_bytes
             sketch_width = committed.manifest.sketch_width
         elif todo:
@@ -250,6 +252,22 @@ def _settled_options(store: Store | None, seed: int, *, include_base: bool) -> t
             stacklevel=2,
         )
     return store.manifest.seed, store.manifest.base_included
+
+
+def _check_continued(store: Store | None, base: SourceCheckpoint, cast: str | None) -> None:
+    """Refuse to go on over another base, or to round what comes to a store of the bits as are."""
+    if store is None:
+        return
+    check_base_layout(store, base)
+    if cast and (kept := next((t for t in store.manifest.tensors if _is_widened(t)), None)):
+        raise OptionError(
+            f"--as {cast}: {store.path} was begun without it and holds {kept.dtype.code} weights; "
+            "leave it out, or name another STORE"
+        )
+
+
+def _is_widened(tensor: StoredTensor) -> bool:
+    return (tensor.base_dtype.code, tensor.dtype.code) == ("BF16", "F32")
 
 
 def _name_in(checkpoints: Location, path: Location) -> str:

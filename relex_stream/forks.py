@@ -1,4 +1,4 @@
-"""Is a stored step still the one that the trainer's directory has? Seen from a few blocks.
+"""Are a stored step and the base still the ones that are there? Seen from a few blocks.
 
 A run that is taken up again from an earlier checkpoint writes other weights under the same numbers.
 What comes after them does not follow from what is stored, so it must not be appended to it.
@@ -96,6 +96,28 @@ def _are_stored(
         if google_crc32c.value(bits.view(np.uint8)) != int(commit.source_crc[column]):
             return False
     return True
+
+
+def refuse_other_base(store: Store, base: SourceCheckpoint, reader: CheckpointReader) -> None:
+    """Refuse a base with the store's tensors and other weights, as far as can be seen.
+
+    Parameters
+    ----------
+    store : Store
+        With a step at least.
+    base : SourceCheckpoint
+        With the tensors of the store's base.
+    reader : CheckpointReader
+
+    Raises
+    ------
+    SourceError
+        Naming a tensor that differs.
+    """
+    weights = BaseWeights(store, base, reader)
+    workspace = Workspace()
+    for column in _telling(store.commit(len(store.steps) - 1).changed):
+        weights.read(_block_at(store.manifest.tensors, column), workspace)
 
 
 def _telling(changed: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> list[int]:

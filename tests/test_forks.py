@@ -98,6 +98,29 @@ def test_nothing_is_taken_back_for_checkpoints_that_cannot_come_instead(other, s
     assert Store(store).steps == (1, 2, 3, 4, 5)
 
 
+def test_nothing_is_taken_back_over_another_base(other, store, tmp_path):
+    """One of the same shapes, and one of another dtype."""
+    alike = make_trajectory(tmp_path / "alike", seed=1, steps=(), tensors=TENSORS).base
+    with pytest.raises(rs.SourceError, match="the base has changed"):
+        build_store(alike, other.checkpoints, store, replace_from=3)
+    wider = make_trajectory(tmp_path / "wider", steps=(), tensors=TENSORS, dtype="F32").base
+    with pytest.raises(rs.SourceError, match=r"is F32 .*, the store was built over BF16"):
+        build_store(wider, other.checkpoints, store, replace_from=3)
+    assert Store(store).steps == (1, 2, 3, 4, 5)
+
+
+def test_a_store_of_f32_weights_takes_no_rounded_ones(tmp_path):
+    run = make_trajectory(
+        tmp_path / "run", steps=(1, 2), tensors=TENSORS, dtype="F32", base_dtype="BF16"
+    )
+    store = tmp_path / "store"
+    build_store(run.base, run.checkpoints, store, steps="1")
+    for options in ({}, {"replace_from": 1}, {"steps": "1"}):
+        with pytest.raises(rs.OptionError, match=r"--as bf16: .* was begun without it and holds F"):
+            build_store(run.base, run.checkpoints, store, cast="bf16", **options)
+    assert Store(store).steps == (1,)
+
+
 def test_replacing_from_beyond_the_last_step_only_appends(run, tmp_path):
     build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
     summary = build_store(run.base, run.checkpoints, tmp_path / "store", replace_from=4)
@@ -119,6 +142,24 @@ def test_stored_steps_whose_weights_are_gone_are_passed_over(run, tmp_path):
             path.unlink()
     again = build_store(run.base, run.checkpoints, tmp_path / "store")
     assert (again.steps_added, again.steps_total) == ((), 5)
+
+
+def test_an_index_without_its_shards_is_passed_over_too(run, other, tmp_path):
+    """As a watch leaves it that deletes weights."""
+    build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:4")
+    for step in (3, 4):
+        for path in run.directories[step].glob("*.safetensors"):
+            path.unlink()
+        assert (run.directories[step] / "model.safetensors.index.json").exists()
+    summary = build_store(run.base, run.checkpoints, tmp_path / "store")
+    assert summary.steps_added == (5,)
+    # The last that is there is compared.
+    for step in (1, 2):
+        shutil.rmtree(run.directories[step])
+        shutil.copytree(other.directories[step + 3], run.directories[step])
+    rs.drop(tmp_path / "store", after=4)
+    with pytest.raises(rs.TrajectoryError, match=r"step 1 in .*--replace-from 1"):
+        build_store(run.base, run.checkpoints, tmp_path / "store")
 
 
 def test_other_steps_without_weights_are_named(run, tmp_path):
