@@ -76,8 +76,8 @@ def hasher_of(kind: str) -> Callable[[], Hasher]:
         made: Callable[[], Hasher] = getattr(import_module(package), name)
     except ImportError:
         raise MissingDependencyError(
-            f"checksums of kind {kind} need the package {package}; install it with: "
-            f"pip install {package}"
+            f"checksums of kind {kind} need the package {package}: "
+            "pip install 'relex-stream[deltas]'"
         ) from None
     return made
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import blake3
 import numpy as np
 import pytest
+import xxhash
 
 import relex_stream as rs
 from relex_stream import unpacking
@@ -302,38 +302,46 @@ def test_changes_of_another_base_are_found_out(
     assert not (tmp_path / "run.store/HEAD.json").exists()
 
 
-def fake_xxhash(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], str]:
-    """Put something in the place of xxhash, which is not needed for tests."""
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("xxh3-128", xxhash.xxh3_128_hexdigest),
+        ("blake3", lambda data: blake3.blake3(data).hexdigest()),
+    ],
+)
+def test_checksums_of_packages(
+    kind: str,
+    digest: Callable[[bytes], str],
+    run: Trajectory,
+    whole: Path,
+    tmp_path: Path,
+) -> None:
+    feed = slime_run(run, tmp_path / "feed", digest_kind=kind, digest=digest)
+    build(run, feed, tmp_path / "run.store")
+    assert_same(tmp_path / "run.store", whole)
+    wrong = slime_run(
+        run, tmp_path / "wrong", digest_kind=kind, digest=lambda data: digest(data + b"\0")
+    )
+    with pytest.raises(TrajectoryError, match=rf"checksum \({kind}\)"):
+        build(run, wrong, tmp_path / "wrong.store")
 
-    def digest(data: bytes) -> str:
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    fake = SimpleNamespace(xxh3_128=lambda: hashlib.blake2b(digest_size=16))
-    monkeypatch.setitem(sys.modules, "xxhash", fake)
-    return digest
-
-
-def test_checksums_of_other_kinds(
+def test_checksums_that_cannot_be_made(
     run: Trajectory, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"digest_kind": "xxh3-128", "digest": lambda _: "00" * 16}
     feed = slime_run(run, tmp_path / "feed", **options)
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    with pytest.warns(RelexStreamWarning, match=r"is not checked: .*pip install xxhash"):
+    remedy = r"is not checked: .*pip install 'relex-stream\[deltas\]'"
+    with pytest.warns(RelexStreamWarning, match=remedy):
         build(run, feed, tmp_path / "run.store")
     assert_same(tmp_path / "run.store", whole)
-    fake_xxhash(monkeypatch)
-    with pytest.raises(TrajectoryError, match=r"checksum \(xxh3-128\)"):
-        build(run, feed, tmp_path / "other.store")
     odd = slime_run(run, tmp_path / "odd", digest_kind="md4")
     with pytest.warns(RelexStreamWarning, match="checksums of kind md4 are not known"):
         build(run, odd, tmp_path / "odd.store")
 
 
-def test_the_checksum_of_a_whole_model(
-    run: Trajectory, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = fake_xxhash(monkeypatch)
+def test_the_checksum_of_a_whole_model(run: Trajectory, whole: Path, tmp_path: Path) -> None:
     for name, wrong in (("feed", None), ("wrong", 3)):
         for step in run.steps:
             told = run.bits[step - 1 if step == wrong else step]
@@ -344,7 +352,7 @@ def test_the_checksum_of_a_whole_model(
                 step - 1,
                 run.bits[step - 1],
                 run.bits[step],
-                weights_hash=digest(data),
+                weights_hash=xxhash.xxh3_128_hexdigest(data),
             )
     build(run, tmp_path / "feed", tmp_path / "run.store", steps="1:2")
     build(run, tmp_path / "feed", tmp_path / "run.store")
