@@ -213,9 +213,9 @@ def test_a_cast_needs_a_base_to_cast_to(runs, tmp_path):
     base = runs / "whole_fp32/step_1"
     with pytest.raises(rs.TrajectoryError, match=r"nothing in it; give the base in BF16"):
         build_store(base, runs / "fsdp", tmp_path / "store", cast="bf16")
-    build_store(base, runs / "fsdp", tmp_path / "store")
+    build_store(base, runs / "fsdp", tmp_path / "store", steps="2")
     with pytest.raises(rs.OptionError, match=r"nothing in it; export it without --as"):
-        rs.export(tmp_path / "store", tmp_path / "out", step=1, file_format="hf", cast="bf16")
+        rs.export(tmp_path / "store", tmp_path / "out", step=2, file_format="hf", cast="bf16")
 
 
 def test_casting_what_is_bf16_already_changes_nothing(runs, stores, tmp_path):
