@@ -88,6 +88,7 @@ def compare_step(
     source: SourceCheckpoint,
     *,
     base: Location | None = None,
+    cast: bool = False,
     memory_limit: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -99,9 +100,11 @@ def compare_step(
     store : Store
     source : SourceCheckpoint
         Of a step that is in the store; opened just now, so that its headers are as they are, with
-        the base's names. F32 weights that the store has in BF16 are compared as rounded.
+        the base's names.
     base : Path or Url, optional
         The base's directory, when it has moved.
+    cast : bool
+        Compare F32 weights that the store has in BF16 as rounded; else that is a difference.
     memory_limit : int, optional
         Bytes this process may hold.
     workers : int, optional
@@ -126,7 +129,7 @@ def compare_step(
     commit = store.commit(row)
     problems: list[str] = []
     try:
-        places = match_checkpoint(source, store.manifest.tensors, source.directory, cast=True)
+        places = match_checkpoint(source, store.manifest.tensors, source.directory, cast=cast)
     except TrajectoryError as error:
         return Comparison(source.step, 0, (str(error),))
     side_bytes = _compare_files(

@@ -263,6 +263,11 @@ def _has_weights(store: Store, entries: Sequence[FileEntry]) -> bool:
 
 
 def _refuse_cast(store: Store) -> None:
+    if all(tensor.base_dtype.code != "BF16" for tensor in store.manifest.tensors):
+        raise OptionError(
+            f"--as bf16 casts to BF16 what the base has in BF16, and that of {store.path} has "
+            "nothing in it; export it without --as"
+        )
     for tensor in store.manifest.tensors:
         if tensor.dtype != tensor.base_dtype and tensor.base_dtype.code != "BF16":
             raise OptionError(

@@ -16,7 +16,11 @@ TIMEOUT_S = 600.0
 
 
 def run_hook(
-    command: Sequence[str], variables: Mapping[str, str], timeout_s: float = TIMEOUT_S
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    timeout_s: float = TIMEOUT_S,
+    *,
+    what: str,
 ) -> None:
     """Run a command and wait for it; what goes wrong is a warning.
 
@@ -28,6 +32,8 @@ def run_hook(
         Added to its environment.
     timeout_s : float
         When it has run so long, it is killed with all that it started.
+    what : str
+        What it was run for and by which option: warnings begin with that.
 
     Warns
     -----
@@ -36,7 +42,7 @@ def run_hook(
     """
     problem = _run(command, {**os.environ, **variables}, timeout_s)
     if problem is not None:
-        warnings.warn(f"{command[0]} {problem}", RelexStreamWarning, stacklevel=2)
+        warnings.warn(f"{what}: {command[0]} {problem}", RelexStreamWarning, stacklevel=2)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], timeout_s: float) -> str | None:

@@ -79,7 +79,7 @@ def describe_tensors(
             tied[name] = target
     missing = [name for name in unmatched if name in base.tensors]
     if missing:
-        raise TrajectoryError(_lacks(first, missing))
+        raise TrajectoryError(_lacks(first, missing, base.tensors))
     if unmatched:
         raise TrajectoryError(_has_extra(first, unmatched))
     for name, target in tied.items():
@@ -161,20 +161,32 @@ def _tied_target(name: str, holder: SourceCheckpoint, other: SourceCheckpoint) -
     return None
 
 
-def _lacks(checkpoint: SourceCheckpoint, names: Sequence[str]) -> str:
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def _lacks(checkpoint: SourceCheckpoint, names: Sequence[str], base_names: Collection[str]) -> str:
+    lacks = (
+        f"step {checkpoint.step}: {checkpoint.directory} lacks tensor {_first_of(names)} of the "
+        "base"
+    )
+    others = sorted(name for name in checkpoint.tensors if name not in base_names)
+    if others:
+        return (
+            f"{lacks} and has {_first_of(others)} that the base does not have; if the names "
+            "differ, say how with --strip-prefix or --map; if it is of another model, leave it out "
+            "with --steps"
+        )
     return (
-        f"step {checkpoint.step}: {checkpoint.directory} lacks tensor {names[0]}{more} of the "
-        "base; is it a checkpoint of another model, or half-written? Leave it out with --steps"
+        f"{lacks}; is it a checkpoint of another model, or half-written? Leave it out with --steps"
     )
 
 
 def _has_extra(checkpoint: SourceCheckpoint, names: Sequence[str]) -> str:
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return (
-        f"step {checkpoint.step}: {checkpoint.directory} has tensor {names[0]}{more}, which the "
+        f"step {checkpoint.step}: {checkpoint.directory} has tensor {_first_of(names)}, which the "
         "base does not have; is it a checkpoint of another model? Leave it out with --steps"
     )
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else names[0]
 
 
 @dataclass(frozen=True)
@@ -360,7 +372,7 @@ def _refuse_other_tensors(checkpoint: SourceCheckpoint, tensors: Sequence[Stored
         if tensor.kind != "tied" and tensor.name not in checkpoint.tensors
     ]
     if missing and checkpoint.patch is None:
-        raise TrajectoryError(_lacks(checkpoint, missing))
+        raise TrajectoryError(_lacks(checkpoint, missing, names))
     _refuse_extra(checkpoint, names)
     if checkpoint.patch is not None:
         _refuse_unchangeable(checkpoint, checkpoint.patch, tensors)

@@ -38,12 +38,16 @@ class Verified:
         Name of the step's record in the store: another, if the step was dropped and built again.
     files : tuple of VerifiedFile
         The weights files that can be had from the store.
+    rounded : bool
+        Whether F32 weights were compared as rounded (``--as``), so that the files cannot be had as
+        they were: who has not asked for that must not lose them.
     deleting : bool
         Whether their deletion has begun.
     """
 
     record: str
     files: tuple[VerifiedFile, ...]
+    rounded: bool = False
     deleting: bool = False
 
 
@@ -123,7 +127,13 @@ def _verified(entry: Any) -> Verified:
         VerifiedFile(check_relative_path(path), int(size), int(modified_ns))
         for path, size, modified_ns in entry["files"]
     )
-    return Verified(str(entry["record"]), files, deleting=entry["deleting"] is True)
+    return Verified(
+        str(entry["record"]),
+        files,
+        # What an older version noted may have been.
+        rounded=entry.get("rounded") is not False,
+        deleting=entry["deleting"] is True,
+    )
 
 
 @contextlib.contextmanager

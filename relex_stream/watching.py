@@ -7,6 +7,7 @@ moment goes on from there.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from relex_stream.errors import (
 )
 from relex_stream.freeing import KeptError, Remover, files_to_free, steps_to_free
 from relex_stream.hooks import run_hook
+from relex_stream.matching import match_checkpoint
 from relex_stream.sources import Naming, open_checkpoint, parse_steps
 from relex_stream.specs import Progress
 from relex_stream.store import Store, StoreWriter
@@ -101,6 +103,7 @@ class Watch:
         self._options = options
         self._build_options = build_options
         self._stop = stop
+        self._rounds = build_options.get("cast") is not None
         self._progress = progress
         self._clock = clock or SystemClock()
         self._teller = Teller(tell, lambda: self._clock.now().since_1970_s)
@@ -191,7 +194,7 @@ class Watch:
             ),
             settle_s=self._options.settle_s,
         )
-        if self._options.delete_ingested and build.get("cast") is not None:
+        if self._options.delete_ingested and self._rounds:
             self._teller.warn(
                 "--as with --delete-ingested: F32 weights are rounded before they are stored, and "
                 "what is deleted cannot be had back as it was"
@@ -206,7 +209,8 @@ class Watch:
         store = self._opened_store()
         records = _records(store)
         for step, verified in ledger.steps.items():
-            if records.get(step) != verified.record:
+            was_rounded = verified.rounded and not self._rounds and not verified.deleting
+            if records.get(step) != verified.record or was_rounded:
                 ledger.strike(step)
         known = ledger.steps
         self._to_verify = {
@@ -248,6 +252,8 @@ class Watch:
         held_up = self._settling = False
         for step, directory in present.items():
             if step in known:
+                continue
+            if step < last and step in self._given_up:
                 continue
             if step < last:
                 self._teller.say(
@@ -352,6 +358,7 @@ class Watch:
                     "RELEX_STREAM_SOURCE": str(source),
                     "RELEX_STREAM_VERIFIED": str(int(step in self._done.verified)),
                 },
+                what=f"step {step}: --on-commit",
             )
 
     # --- verifying ------------------------------------------------------------------------------
@@ -379,6 +386,7 @@ class Watch:
                 store,
                 source,
                 base=None if store.manifest.base_included else self._base,
+                cast=self._rounds,
                 memory_limit=self._build_options.get("memory_limit"),
                 workers=self._build_options.get("workers"),
                 progress=self._progress,
@@ -392,11 +400,12 @@ class Watch:
         else:
             self._done.verified.append(step)
             files = files_to_free(source, self._checkpoints)
-            ledger.note(step, Verified(_records(store)[step], files))
+            record = _records(store)[step]
+            ledger.note(step, Verified(record, files, rounded=self._rounds))
             if self._options.delete_ingested and len(files) < len(source.weights_files):
                 self._teller.warn(
                     "weights files that also hold what is not stored, like the state of an "
-                    f"optimizer, stay: {source.weights_paths[0]} and the like"
+                    f"optimizer, stay: {os.path.basename(source.weights_paths[0])} and the like"
                 )
         return replace(
             event,
@@ -434,7 +443,9 @@ class Watch:
         return [
             step
             for step in verified
-            if step not in self._kept and (step in due or noted[step].deleting)
+            if noted[step].files
+            and step not in self._kept
+            and (step in due or noted[step].deleting)
         ]
 
     def _free_step(self, step: int, verified: Verified, ledger: Ledger) -> None:
@@ -496,9 +507,17 @@ class Watch:
         for step in present:
             if step in stored or step in ready:
                 try:
-                    files[step] = files_to_free(self._arrivals.open(step), self._checkpoints)
+                    source = self._arrivals.open(step)
+                    if store is not None:
+                        match_checkpoint(
+                            source, store.manifest.tensors, source.directory, cast=self._rounds
+                        )
                 except SourceError:  # deleted before
                     continue
+                except TrajectoryError as error:
+                    self._teller.warn(f"step {step} would stay where it is: {error}")
+                    continue
+                files[step] = files_to_free(source, self._checkpoints)
                 there.append(step)
         for step in steps_to_free(
             there,

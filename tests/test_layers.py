@@ -216,8 +216,17 @@ ROOMS = {
     "watch_options": Room(pure=True),
     "watch_telling": Room(pure=True),
     "watching": Room(
-        {"arrivals", "base_weights", "build", "comparing", "freeing", "hooks", "sources", "store"}
-        | {"watch_ledger", "watch_options", "watch_telling"},
+        {
+            "arrivals",
+            "base_weights",
+            "build",
+            "comparing",
+            "freeing",
+            "hooks",
+            "matching",
+            "sources",
+        }
+        | {"store", "watch_ledger", "watch_options", "watch_telling"},
         {"numpy"},
     ),
     "store_info": Room({"store"}, {"numpy"}),

@@ -20,6 +20,7 @@ import relex_stream as rs
 from relex_stream import source_blocks
 from relex_stream.errors import RelexStreamWarning
 from relex_stream.store import Store
+from relex_stream.summaries import WatchSummary
 from tests.make_stores import build_store
 from tests.torch_writers.runs import STEPS
 
@@ -212,6 +213,9 @@ def test_a_cast_needs_a_base_to_cast_to(runs, tmp_path):
     base = runs / "whole_fp32/step_1"
     with pytest.raises(rs.TrajectoryError, match=r"nothing in it; give the base in BF16"):
         build_store(base, runs / "fsdp", tmp_path / "store", cast="bf16")
+    build_store(base, runs / "fsdp", tmp_path / "store", steps="2")
+    with pytest.raises(rs.OptionError, match=r"nothing in it; export it without --as"):
+        rs.export(tmp_path / "store", tmp_path / "out", step=2, file_format="hf", cast="bf16")
 
 
 def test_casting_what_is_bf16_already_changes_nothing(runs, stores, tmp_path):
@@ -393,15 +397,22 @@ def test_a_watch_verifies_pieces_and_deletes_the_files_that_come_back(runs, tmp_
 def test_a_watch_leaves_files_that_hold_the_state_of_an_optimizer(runs, tmp_path):
     shutil.copytree(runs / "dcp_with_state", tmp_path / "run")
     before = digests(tmp_path / "run")
-    with pytest.warns(RelexStreamWarning, match="the state of an optimizer, stay"):
-        summary = rs.watch(
+
+    def watched() -> WatchSummary:
+        return rs.watch(
             *(runs / "base", tmp_path / "run", tmp_path / "store"),
             settle_s=0,
             once=True,
             include_base=True,
             delete_ingested=True,
         )
-    assert summary.steps_verified == STEPS
+
+    with pytest.warns(RelexStreamWarning, match="the state of an optimizer, stay") as told:
+        summary = watched()
+    assert len(told) == 1  # not of each step
+    assert (summary.steps_verified, summary.steps_deleted) == (STEPS, ())
+    # It is noted that they are verified.
+    assert watched().steps_verified == ()
     assert digests(tmp_path / "run") == before
 
 

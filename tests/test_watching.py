@@ -230,6 +230,7 @@ def test_one_that_is_given_up_is_passed_over_for_good(run):
     assert summary.steps_added == run.stored == (1, 3)
     assert summary.steps_given_up == (2,)
     assert run.told("given-up") == [2]
+    assert run.told("left-out") == []
     # It is whole now, and too late.
     run.weights(2).write_bytes(data)
     summary = run.watch(delete_ingested=True, keep_last=0)
@@ -875,9 +876,41 @@ def test_other_names_and_a_cast_are_those_of_the_build(run, tmp_path):
         assert (store.checkpoint_bits("a", step) == expected).all()
 
 
+def test_masters_of_a_store_of_rounded_weights_stay_unless_rounding_is_asked_for(run, tmp_path):
+    made = make_trajectory(
+        tmp_path,
+        steps=(1, 2),
+        dtype="F32",
+        base_dtype="BF16",
+        tensors={"a": (30, 10)},
+        change_share=0.3,
+    )
+    run.base, run.checkpoints = made.base, made.checkpoints
+    masters = {path: path.stat().st_size for path in made.checkpoints.rglob("*.safetensors")}
+    rs.build_store(run.base, run.checkpoints, run.store, cast="bf16", workers=1)
+    with pytest.warns(
+        RelexStreamWarning, match=r"step [12] would stay where it is: .*give --as bf16"
+    ):
+        run.watch(delete_ingested=True, keep_last=0, dry_run=True)
+    assert run.told("would-delete") == []
+    rounding: BuildOptions = {"cast": "bf16", "workers": 1}
+    # Nor may what a watch that rounds has verified be deleted by one that does not.
+    for _ in range(2):
+        summary = run.watch(delete_ingested=True, keep_last=0)
+        assert summary.steps_differing == (1, 2)
+        assert run.events[0].problems[0].endswith("give --as bf16, as the store was begun")
+        assert run.watch(build=rounding).steps_verified == (1, 2)
+    assert {path: path.stat().st_size for path in masters if path.exists()} == masters
+    with pytest.warns(RelexStreamWarning, match="what is deleted cannot be had back as it was"):
+        summary = run.watch(build=rounding, delete_ingested=True, keep_last=0)
+    assert summary.steps_deleted == (1, 2)
+
+
 def test_a_hook_that_fails_does_not_end_the_watch(run):
     run.arrive(1, 2)
-    with pytest.warns(RelexStreamWarning, match="failed with exit status 3"):
+    with pytest.warns(
+        RelexStreamWarning, match="^step [12]: --on-commit: .*failed with exit status 3"
+    ):
         summary = run.watch(on_commit=(sys.executable, "-c", "raise SystemExit(3)"))
     assert summary.steps_added == (1, 2)
 

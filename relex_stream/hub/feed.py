@@ -15,7 +15,8 @@ from typing import IO, Self
 
 from relex_stream.errors import OptionError, OutputError
 from relex_stream.feeds import Arrival
-from relex_stream.sources.checkpoint import INDEX_FILE, read_index
+from relex_stream.sources.checkpoint import INDEX_FILE
+from relex_stream.sources.slime import read_weight_map
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.urls import HubUrl
 from relex_stream.wording import format_bytes
@@ -173,7 +174,7 @@ class HubFeed:
         shards = None
         if index := place.files.get(INDEX_FILE):
             download.fetch([index])
-            shards = read_index(download.path_of(index)).values()
+            shards = read_weight_map(download.path_of(index).parent).values()
         files, left_out = needed_files(place, shards)
         self._wait_for_room(step, download.missing_bytes(files))
         download.done_bytes = 0  # the index is counted with the others

@@ -16,7 +16,7 @@ from ..errors import SourceError
 from ..listing import file_status, is_file, list_names, read_file
 from ..locations import Location, Url
 from ..specs import PackedChange, Patch, SourceCheckpoint, WeightsFile
-from .checkpoint import DELTA_MARK, INDEX_FILE, check_index, parse_weight_map
+from .checkpoint import DELTA_MARK, INDEX_FILE, check_index, parse_weight_map, read_index
 from .naming import Naming
 from .safetensors_file import MAX_HEADER_BYTES, read_header
 from .side_files import sort_files
@@ -39,6 +39,18 @@ def holds_changes(directory: Location) -> bool:
         # Indexes of large models take a while to be taken apart.
         and f'"{DELTA_MARK}"'.encode() in read_file(index)
     )
+
+
+def read_weight_map(directory: Path) -> dict[str, str]:
+    """Return the weight map of a directory's index, be it of a whole model or of changes.
+
+    Raises
+    ------
+    SourceError
+        If the index is malformed.
+    """
+    index = directory / INDEX_FILE
+    return _read_index(index)[1] if holds_changes(directory) else read_index(index)
 
 
 def open_changes(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:

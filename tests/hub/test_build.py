@@ -23,13 +23,15 @@ from relex_stream.errors import (
     RelexStreamWarning,
     SourceError,
     StoreError,
+    TrajectoryError,
 )
 from relex_stream.hub import download, feed
 from relex_stream.specs import NoProgress
 from relex_stream.store import Store
 from relex_stream.summaries import BuildSummary
 from tests.hub.server import FakeHub, Request, content_of
-from tests.make_checkpoints import Trajectory
+from tests.make_checkpoints import Trajectory, make_trajectory
+from tests.make_deltas import publish_slime, slime_run
 
 RUN = "hf://org/run"
 
@@ -132,6 +134,33 @@ def test_directories_of_one_revision(hub: FakeHub, run: Trajectory, tmp_path: Pa
     source = f"step_10/org/run@{commit}/global_step_10/actor/huggingface"
     assert Store(tmp_path / "store").commit(0).source == source
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+@pytest.mark.parametrize("names", ["directories", "branches"])
+def test_changes_that_slime_publishes(hub: FakeHub, tmp_path: Path, names: str) -> None:
+    shapes = {"embed": (64, 24), "norm": (24,)}
+    run = make_trajectory(tmp_path, steps=(1, 2, 3), tensors=shapes, layout="step_{step}")
+    feed = slime_run(run, tmp_path / "feed")
+    # Nothing changed: an index alone.
+    publish_slime(feed, 4, run.bits[3], run.bits[3])
+    repository = hub.add("org/run")
+    content: dict[str, bytes] = {}
+    for version in sorted(feed.iterdir()):
+        content |= content_of(version, f"{version.name}/")
+        if names == "branches":
+            repository.commit(content_of(version), branch=version.name)
+    repository.commit(content if names == "directories" else {"README.md": b""}, branch="main")
+    store = tmp_path / "store"
+    with pytest.raises(TrajectoryError, match="holds only what changed since step 1, and"):
+        build(run, store, steps="2:3")
+    assert build(run, store, steps="1:2").steps_added == (1, 2)
+    with pytest.warns(RelexStreamWarning, match="step 4 has the same weights as step 3"):
+        assert build(run, store).steps_added == (3, 4)
+    opened = rs.open_store(store, base=run.base)
+    for step in (1, 2, 3, 4):
+        for name, bits in run.bits[min(step, 3)].items():
+            assert (opened.checkpoint_bits(name, step) == bits).all()
+    assert not (tmp_path / "store.download").exists()
 
 
 @pytest.mark.usefixtures("one_by_one")
