@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import relex_stream as rs
 from relex_stream.cli.main import cli
-from relex_stream.errors import OptionError, RelexStreamWarning, TrajectoryError
+from relex_stream.errors import OptionError, RelexStreamWarning, SourceError, TrajectoryError
 from tests.make_checkpoints import Trajectory, make_trajectory, raw, write_model
 
 
@@ -69,6 +71,44 @@ def test_the_same_in_python(renamed: Trajectory, tmp_path: Path) -> None:
         rs.build_store(renamed.base, renamed.checkpoints, tmp_path / "other.store")
     with pytest.raises(OptionError, match="--source zip"):
         rs.build_store(renamed.base, renamed.checkpoints, tmp_path / "x.store", source="zip")
+
+
+@pytest.mark.parametrize("layout", ["directory", "fsdp"])
+def test_one_of_several_models_is_chosen_by_its_prefix(tmp_path: Path, layout: str) -> None:
+    run = make_trajectory(tmp_path, steps=(1, 2), tensors={"w": (50, 70), "v": (300,)})
+    for step in run.steps:
+        tensors = {
+            f"{model}.{name}": raw(bits, run.dtype)
+            for name, bits in run.bits[step].items()
+            for model in ("policy", "ref")
+        }
+        directory = run.directories[step]
+        if layout == "directory":
+            write_model(directory, tensors, shards=2)
+        else:
+            (directory / "model.safetensors").unlink()
+            state = {
+                f"{model}.{name}": torch.from_numpy(bits).view(torch.bfloat16)
+                for name, bits in run.bits[step].items()
+                for model in ("policy", "ref")
+            }
+            torch.save(state, directory / "model_world_size_1_rank_0.pt")
+    store = tmp_path / "run.store"
+    with pytest.raises(
+        SourceError, match=r"'policy\.' and 'ref\.'; choose one with --strip-prefix"
+    ):
+        rs.build_store(run.base, run.checkpoints, store)
+    with pytest.raises(SourceError, match=r"no tensor begins with 'critic\.'"):
+        rs.build_store(run.base, run.checkpoints, store, strip_prefix="critic.")
+    rs.build_store(run.base, run.checkpoints, store, strip_prefix="policy.")
+    rs.export(store, tmp_path / "out", step=2, file_format="hf")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert written.keys() == run.bits[2].keys()
+    for name, tensor in written.items():
+        assert tensor.view(torch.uint16).numpy().tobytes() == run.bits[2][name].tobytes()
+    # Half of what the files held is not in the store.
+    with pytest.raises(OptionError, match="--format hf"):
+        rs.export(store, tmp_path / "ingested", step=2, file_format="ingested")
 
 
 @pytest.mark.parametrize("value", ["x", "=x", ""])

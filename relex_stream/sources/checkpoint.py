@@ -109,15 +109,15 @@ def renamed(
     """Call tensors as the base does, in files and places.
 
     Tensors that are not the model's keep their names: a model directory holds nothing else, so
-    they are complained of where base and checkpoint are compared.
+    they are complained of where base and checkpoint are compared. Where a prefix was given they are
+    left out, and files with such cannot be had back.
     """
-    names = naming.of(tensors)
-    if all(names.get(name, name) == name for name in tensors):
+    names = naming.of_model(tensors)
+    if all(names.get(name) == name for name in tensors):
         return weights_files, tensors
-    names = {name: names.get(name, name) for name in tensors}
     places = {
-        names[name]: place._replace(spec=replace(place.spec, name=names[name]))
-        for name, place in tensors.items()
+        name: tensors[own]._replace(spec=replace(tensors[own].spec, name=name))
+        for own, name in names.items()
     }
     files = [
         replace(
@@ -125,10 +125,11 @@ def renamed(
             parts=tuple(
                 part if part.tensor is None else part._replace(tensor=names[part.tensor])
                 for part in file.parts
-            ),
+            )
+            if file.parts is not None
+            and all(part.tensor is None or part.tensor in names for part in file.parts)
+            else None,
         )
-        if file.parts is not None
-        else file
         for file in weights_files
     ]
     return files, places

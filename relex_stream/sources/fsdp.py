@@ -120,12 +120,11 @@ def open_shards(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
             f"{directory}: an adapter beside the weights ({_ADAPTER_DIRECTORY}); merge it into its "
             "base model first"
         )
-    called = naming.of(locals_of)
+    called = naming.of_model(locals_of)
     tensors: dict[str, TensorPlace] = {}
     copies: dict[str, tuple[Piece, ...]] = {}
-    for key, parts in locals_of.items():
-        name = called.get(key, key)  # what is not the model's is complained of later
-        tensors[name], again = _join(directory, name, files, parts)
+    for key, name in called.items():
+        tensors[name], again = _join(directory, name, files, locals_of[key])
         if again:
             copies[name] = again
     refuse_quantised(directory / MODEL_DIRECTORY, (place.spec for place in tensors.values()))
@@ -274,16 +273,18 @@ def _join(
 
 
 def _weights_file(file: _RankFile, called: Mapping[str, str]) -> WeightsFile:
-    """Return a rank's file, taken apart."""
+    """Return a rank's file, taken apart if all of it is the model's."""
+    size, modified = file.status.st_size, file.status.st_mtime_ns
+    if any(key not in called for key in file.tensors):
+        return WeightsFile(file.path.name, size, modified, parts=None)
     tensors = (
         (
             local.offset,
             local.nbytes,
-            FilePart(tensor=called.get(key, key), box=None if local.is_whole else local.box),
+            FilePart(tensor=called[key], box=None if local.is_whole else local.box),
         )
         for key, local in file.tensors.items()
     )
-    size, modified = file.status.st_size, file.status.st_mtime_ns
     with _reading(file.path) as read:
         parts = lay_out(size, file.literals, tensors, read)
     return WeightsFile(file.path.name, size, modified, parts)

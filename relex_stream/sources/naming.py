@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import OptionError, SourceError
+from .directories import summarise
 from .strict_json import shown
 
 _WRAPPERS = re.compile(
@@ -89,6 +90,48 @@ class Naming:
                     "say with --strip-prefix or --map what they are called in the base"
                 )
         return names
+
+    def of_model(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the names in the base of all keys of weights that are saved by themselves.
+
+        There all is the model's, and what the base does not have is to be complained of, under its
+        own name: only a prefix that was given says that the rest is of something else, like the
+        reference model, and is left out.
+
+        Parameters
+        ----------
+        keys : iterable of str
+
+        Returns
+        -------
+        dict of str to str
+            In the order of the keys.
+
+        Raises
+        ------
+        SourceError, OptionError
+            As `of`; also if no key begins with the prefix that was given.
+
+        Examples
+        --------
+        >>> keys = ["policy.norm", "ref.norm"]
+        >>> Naming(frozenset({"norm", "head"}), strip_prefix="policy.").of_model(keys)
+        {'policy.norm': 'norm'}
+        >>> Naming(frozenset({"norm", "head"})).of_model(["module.norm", "odd"])
+        {'module.norm': 'norm', 'odd': 'odd'}
+        """
+        keys = list(keys)
+        names = self.of(keys)
+        if self.strip_prefix is None:
+            return {key: names.get(key, key) for key in keys}
+        if keys and not names:
+            raise SourceError(
+                f"no tensor begins with {shown(self.strip_prefix)}: there are "
+                f"{summarise(keys, limit=3)}; correct --strip-prefix, or leave it out"
+            )
+        # A head beside the wrapped model is called as in the base.
+        as_they_are = self.wanted.difference(names.values())
+        return {key: names.get(key, key) for key in keys if key in names or key in as_they_are}
 
     def _replaced(self, name: str) -> str:
         for pattern, replacement in self.replacements:

@@ -83,12 +83,12 @@ def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
     keys = dict.fromkeys(key for shard in shards for key in shard.parts)
     if not keys:
         raise SourceError(f"{directory}: the weights files hold no tensors; save the model anew")
-    called = naming.of(keys)
+    called = naming.of_model(keys)
     parts: dict[str, list[tuple[TensorSpec, Piece]]] = {}
     for shard in shards:
         for key, part in shard.parts.items():
-            # As in a model directory: what is not the model's is complained of later.
-            parts.setdefault(called.get(key, key), []).append(part)
+            if key in called:
+                parts.setdefault(called[key], []).append(part)
     tensors: dict[str, TensorPlace] = {}
     copies: dict[str, tuple[Piece, ...]] = {}
     for name, own in parts.items():
@@ -102,7 +102,12 @@ def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
         directory=str(root),
         tensors=tensors,
         weights_files=tuple(
-            replace(shard.file, parts=tuple(_file_parts(shard, called, tensors)))
+            replace(
+                shard.file,
+                parts=tuple(_file_parts(shard, called, tensors))
+                if all(key in called for key in shard.parts)
+                else None,
+            )
             for shard in shards
         ),
         side_files=side_files,
@@ -182,7 +187,7 @@ def _file_parts(
             yield part
             continue
         spec, piece = shard.parts[part.tensor]
-        name = called.get(part.tensor, part.tensor)
+        name = called[part.tensor]
         if spec.numel:
             yield FilePart(
                 tensor=name, box=None if spec.shape == tensors[name].spec.shape else piece.box

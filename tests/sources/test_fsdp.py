@@ -283,6 +283,11 @@ def test_names_of_the_base(written):
     renamed = Naming(frozenset({"embed_tokens.weight", "norm.weight"}), strip_prefix="model.")
     checkpoint = open_shards(written / "fsdp2_2/global_step_1/actor", 1, renamed)
     assert checkpoint.tensors["embed_tokens.weight"].spec.name == "embed_tokens.weight"
+    assert "lm_head.weight" not in checkpoint.tensors  # nor can its files be had back
+    assert all(file.parts is None for file in checkpoint.weights_files)
+    replaced = Naming(frozenset({"embed_tokens.weight"}), replacements=((r"^model\.", ""),))
+    checkpoint = open_shards(written / "fsdp2_2/global_step_1/actor", 1, replaced)
+    assert checkpoint.tensors["embed_tokens.weight"].spec.name == "embed_tokens.weight"
     assert "lm_head.weight" in checkpoint.tensors  # to be complained of where bases are compared
     assert "scale" in checkpoint.copies
     for file in checkpoint.weights_files:

@@ -79,6 +79,31 @@ def test_two_prefixes_that_both_fit_are_refused():
         Naming(BASE).of([*wrapped("ema."), *wrapped("student.")])
 
 
+def test_only_a_prefix_that_was_given_leaves_out_what_lacks_it():
+    keys = [*wrapped("policy."), *wrapped("ref."), "odd"]
+    names = Naming(BASE, strip_prefix="policy.").of_model(keys)
+    assert names == {"policy." + name: name for name in sorted(BASE)}
+    found = Naming(BASE).of_model([*wrapped("policy."), "odd"])
+    assert found == {**names, "odd": "odd"}
+
+
+def test_a_head_beside_the_wrapped_model_is_the_models():
+    head = "lm_head.weight"
+    keys = [*wrapped("policy.", BASE - {head}), head]
+    names = Naming(BASE, strip_prefix="policy.").of_model(keys)
+    assert sorted(names.values()) == sorted(BASE)
+    # But not where the prefix holds another.
+    names = Naming(BASE, strip_prefix="policy.").of_model([*wrapped("policy."), head])
+    assert head not in names
+
+
+def test_a_prefix_that_nothing_has_is_told():
+    naming = Naming(BASE, strip_prefix="policy.")
+    with pytest.raises(SourceError, match=r"begins with 'policy\.': there are a\.b, c; correct"):
+        naming.of_model(["a.b", "c"])
+    assert naming.of_model([]) == {}
+
+
 def test_replacements_are_made_in_order_behind_the_prefix():
     naming = Naming(
         BASE,
