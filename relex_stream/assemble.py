@@ -195,7 +195,7 @@ class Assembly:
     @property
     def tensors(self) -> list[StoredTensor]:
         """Tensors that the files hold, as they lie there: the order to write them in."""
-        first = {name: places[0] for name, places in self._destinations.items()}
+        first = {name: places[0] for name, places in self._destinations.items() if places}
         names = sorted(first, key=lambda name: (first[name].path, first[name].offset))
         return [self._store.tensors[name] for name in names]
 
