@@ -179,9 +179,23 @@ class Assembly:
         return total
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the files hold every element of every tensor.
+
+        Of the files of a checkpoint those that also held training state are not kept.
+        """
+        for tensor in self._store.manifest.tensors:
+            # Replicas are the same part again.
+            spans = {place.span for place in self._destinations.get(tensor.name, ())}
+            held = sum(tensor.elements if span is None else span.elements for span in spans)
+            if tensor.kind != "tied" and held < tensor.elements:
+                return False
+        return True
+
+    @property
     def tensors(self) -> list[StoredTensor]:
         """Tensors that the files hold, as they lie there: the order to write them in."""
-        first = {name: places[0] for name, places in self._destinations.items()}
+        first = {name: places[0] for name, places in self._destinations.items() if places}
         names = sorted(first, key=lambda name: (first[name].path, first[name].offset))
         return [self._store.tensors[name] for name in names]
 

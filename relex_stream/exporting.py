@@ -36,7 +36,6 @@ from relex_stream.sources import CheckpointReader, parse_steps
 from relex_stream.specs import NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.store.read import describe_steps
-from relex_stream.store.records import FileEntry
 from relex_stream.summaries import ExportedFile, ExportsSummary, ExportSummary, Plan, StagePlan
 from relex_stream.ulp import Bits, narrow
 from relex_stream.warmup import warm_up_decoding
@@ -226,7 +225,8 @@ def _planned(
         raise OptionError(f"--as must be bf16, not {cast}")
     rows = store.row_of(step) + 1 if step else 0
     entries = store.commit(rows - 1).files if rows else store.manifest.base_files
-    if not _has_weights(store, entries):
+    ingested = Assembly(store, entries, prefix="", in_base_dtype=not rows)
+    if not ingested.is_complete:
         if file_format == INGESTED:
             raise OptionError(
                 f"the files that step {step} was ingested from cannot be put together again: they "
@@ -236,8 +236,7 @@ def _planned(
     if cast is not None and file_format != HF:
         raise OptionError("--as goes with --format hf: what was ingested comes back as it was")
     if file_format != HF:
-        assembly = Assembly(store, entries, prefix="", in_base_dtype=not rows)
-        return _Export(step, rows, out, INGESTED, assembly, {})
+        return _Export(step, rows, out, INGESTED, ingested, {})
     in_base_dtype = not rows or cast is not None
     if cast is not None:
         _refuse_cast(store)
@@ -252,14 +251,6 @@ def _planned(
         headers=headers,
     )
     return _Export(step, rows, out, HF, assembly, side_files)
-
-
-def _has_weights(store: Store, entries: Sequence[FileEntry]) -> bool:
-    """Say whether files hold every tensor; those of training state, and of casts, are not kept."""
-    held = {
-        part.tensor for entry in entries if entry.recipe is not None for part in store.recipe(entry)
-    }
-    return all(tensor.name in held for tensor in store.manifest.tensors if tensor.kind != "tied")
 
 
 def _refuse_cast(store: Store) -> None:
