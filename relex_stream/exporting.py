@@ -230,7 +230,8 @@ def _planned(
         if file_format == INGESTED:
             raise OptionError(
                 f"the files that step {step} was ingested from cannot be put together again: they "
-                "also held training state, or were cast with --as; export it with --format hf"
+                "also held training state or another model, or were cast with --as; export it "
+                "with --format hf"
             )
         file_format = HF
     if cast is not None and file_format != HF:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,23 +77,24 @@ def test_the_same_in_python(renamed: Trajectory, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["directory", "fsdp"])
 def test_one_of_several_models_is_chosen_by_its_prefix(tmp_path: Path, layout: str) -> None:
     run = make_trajectory(tmp_path, steps=(1, 2), tensors={"w": (50, 70), "v": (300,)})
+    shutil.rmtree(run.checkpoints)
     for step in run.steps:
         tensors = {
             f"{model}.{name}": raw(bits, run.dtype)
             for name, bits in run.bits[step].items()
             for model in ("policy", "ref")
         }
-        directory = run.directories[step]
         if layout == "directory":
-            write_model(directory, tensors, shards=2)
+            write_model(run.directories[step], tensors, shards=2)
         else:
-            (directory / "model.safetensors").unlink()
+            actor = run.checkpoints / f"global_step_{step}/actor"
+            actor.mkdir(parents=True)
             state = {
                 f"{model}.{name}": torch.from_numpy(bits).view(torch.bfloat16)
                 for name, bits in run.bits[step].items()
                 for model in ("policy", "ref")
             }
-            torch.save(state, directory / "model_world_size_1_rank_0.pt")
+            torch.save(state, actor / "model_world_size_1_rank_0.pt")
     store = tmp_path / "run.store"
     with pytest.raises(
         SourceError, match=r"'policy\.' and 'ref\.'; choose one with --strip-prefix"

@@ -110,7 +110,7 @@ def renamed(
 
     Tensors that are not the model's keep their names: a model directory holds nothing else, so
     they are complained of where base and checkpoint are compared. Where a prefix was given they are
-    left out, and files with such cannot be had back.
+    left out; then the files, which are of one directory, cannot be had back.
     """
     names = naming.of_model(tensors)
     if all(names.get(name) == name for name in tensors):
@@ -126,8 +126,7 @@ def renamed(
                 part if part.tensor is None else part._replace(tensor=names[part.tensor])
                 for part in file.parts
             )
-            if file.parts is not None
-            and all(part.tensor is None or part.tensor in names for part in file.parts)
+            if file.parts is not None and len(names) == len(tensors)
             else None,
         )
         for file in weights_files

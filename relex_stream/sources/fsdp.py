@@ -275,7 +275,7 @@ def _join(
 def _weights_file(file: _RankFile, called: Mapping[str, str]) -> WeightsFile:
     """Return a rank's file, taken apart if all of it is the model's."""
     size, modified = file.status.st_size, file.status.st_mtime_ns
-    if any(key not in called for key in file.tensors):
+    if not file.tensors.keys() <= called.keys():
         return WeightsFile(file.path.name, size, modified, parts=None)
     tensors = (
         (

@@ -105,7 +105,7 @@ def open_split(directory: Path, step: int, naming: Naming) -> SourceCheckpoint:
             replace(
                 shard.file,
                 parts=tuple(_file_parts(shard, called, tensors))
-                if all(key in called for key in shard.parts)
+                if len(called) == len(keys)
                 else None,
             )
             for shard in shards
