@@ -204,6 +204,7 @@ def test_neighbours_are_written_in_one_piece() -> None:
         ([c, d, e], "edc", 3),
         ([c, gap, d, e], "cde", 2),
         ([c, d, e, c, d, e], "cde", 4),
+        ([c, e, RecipePart(tensor="d", box=Box((0,), (2,)))], "cde", 3),
     ):
         here = {"1": parts}
         blobs = sum(part.blob is not None for part in parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 
 import relex_stream as rs
 from relex_stream import source_blocks
@@ -132,6 +132,37 @@ def test_files_with_training_state_do_not_come_back(stores, tmp_path):
     with pytest.raises(rs.OptionError, match=r"step 2 .* training state.*--format hf"):
         rs.export(store, tmp_path / "out", step=2, file_format="ingested")
     assert rs.export(store, tmp_path / "out", step=2).file_format == "hf"
+
+
+def test_files_do_not_come_back_without_those_of_other_ranks(runs, tmp_path):
+    build_store(runs / "base", runs / "dcp_with_progress", tmp_path / "store", steps="5")
+    kept = {file.path for file in Store(tmp_path / "store").commit(0).files}
+    assert 0 < len([name for name in kept if name.endswith(".distcp")]) < 3
+    with pytest.raises(rs.OptionError, match=r"step 5 .* training state.*--format hf"):
+        rs.export(tmp_path / "store", tmp_path / "out", step=5, file_format="ingested")
+    assert rs.export(tmp_path / "store", tmp_path / "out", step=5).file_format == "hf"
+    assert_same_tensors(tmp_path / "out", runs / "whole_fp32/step_5")
+
+
+@pytest.mark.parametrize("tied_first", [False, True])
+def test_empty_tensors_and_tied_heads_are_no_reason_not_to_come_back(tmp_path, tied_first):
+    names = ["model.embed_tokens.weight", "lm_head.weight", "model.none"]
+    for step in (0, 1):
+        embedding = torch.full((4, 3), 1.5 + step, dtype=torch.bfloat16)
+        tensors = dict(zip(names, (embedding, embedding, torch.empty(0, 3)), strict=True))
+        if step:
+            ordered = sorted(tensors, reverse=not tied_first)
+            (tmp_path / "run/global_step_1/actor").mkdir(parents=True)
+            path = tmp_path / "run/global_step_1/actor/model_world_size_1_rank_0.pt"
+            torch.save({name: tensors[name] for name in ordered}, path)
+        else:
+            (tmp_path / "base").mkdir()
+            del tensors["lm_head.weight"]
+            save_file(tensors, tmp_path / "base/model.safetensors")
+    build_store(tmp_path / "base", tmp_path / "run", tmp_path / "store")
+    summary = rs.export(tmp_path / "store", tmp_path / "out", step=1)
+    assert summary.file_format == "ingested"
+    assert digests(tmp_path / "out") == digests(path.parent)
 
 
 def test_format_2_is_said_where_it_is_needed(stores):

@@ -66,6 +66,9 @@ def of_three(out: Path) -> None:
         dcp.save({"model": state}, checkpoint_id=out / f"dcp/step-{step}")
         both = {"model": state, "optim": get_optimizer_state_dict(model, stepped(model))}
         dcp.save(both, checkpoint_id=out / f"dcp_with_state/step-{step}")
+    # What is not a tensor is in the file of one rank alone.
+    progress = {"model": state, "progress": {"step": step}}
+    dcp.save(progress, checkpoint_id=out / f"dcp_with_progress/step-{step}")
 
 
 def of_four(out: Path) -> None:
