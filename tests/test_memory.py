@@ -12,7 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from tests.make_checkpoints import make_trajectory
+from tests.make_deltas import changed_run, grail_run, slime_run
 
 MIB = 1 << 20
 
@@ -319,6 +322,21 @@ def test_every_process_of_a_cluster_stays_under_the_projection(tmp_path: Path) -
         # That of any process; of the command's own what it takes to print is not in it.
         peak = max(found.peak_bytes, found.document["peak_memory_bytes"])
         assert peak <= found.projected_bytes <= 768 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("publish", [slime_run, grail_run, changed_run])
+@pytest.mark.parametrize("share", [0.005, 0.3])
+def test_feeds_of_changes_stay_under_the_default_limit(
+    tmp_path: Path, publish: Callable[..., Path], share: float
+) -> None:
+    shapes = {"embed": (60_001, 1024), "up": (8192, 4096), "norm": (4096,)}
+    moved = make_trajectory(tmp_path / "run", steps=(1, 2), tensors=shapes, change_share=share)
+    feed = publish(moved, tmp_path / "feed")
+    store = tmp_path / "store"
+    source = ("--source", "changed-safetensors") if publish is changed_run else ()
+    built = run(tmp_path, "build-store", moved.base, feed, store, *source)
+    assert built.peak_bytes <= built.projected_bytes <= 768 * MIB
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from relex_stream.store.object_storage import ObjectStorage
 from tests.crash.replay import read_tree, unsynced
 from tests.crash.runs import build, tiny_trajectory
 from tests.make_checkpoints import Trajectory
+from tests.make_deltas import changed_run, grail_run, slime_run
 
 STEPS = range(1, 19)
 
@@ -319,6 +320,24 @@ def test_other_formats_are_not_read_there(bucket):
     found = find_checkpoints(bucket / "checkpoints")
     with pytest.raises(SourceError, match="only whole safetensors are read; copy"):
         found.open(found.checkpoints[0][1], 1, Naming())
+
+
+@pytest.mark.parametrize(
+    ("source", "publish", "wanted"),
+    [
+        ("auto", slime_run, "hold only what changed since another version; give a whole model"),
+        ("auto", grail_run, "only whole safetensors are read; copy"),
+        ("changed-safetensors", changed_run, "only whole safetensors are read; copy"),
+    ],
+)
+def test_feeds_of_changes_are_not_read_there(
+    source, publish, wanted, run, tmp_path, bucket, upload
+):
+    url = upload(publish(run, tmp_path / "feed"), bucket / "checkpoints")
+    found = find_checkpoints(url, source=source)
+    step, directory = found.checkpoints[0]
+    with pytest.raises(SourceError, match=wanted):
+        found.open(directory, step, Naming())
 
 
 def test_a_checkpoint_that_changes_is_refused(run, bucket, upload):
