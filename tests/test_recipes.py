@@ -34,6 +34,7 @@ def ema(decay: float, last: int = 50) -> float:
     [
         ("two-point:target=100", BASE + 2 * (9.0 - BASE)),
         ("two-point:target=100,to=40", BASE + 2.5 * (6.0 - BASE)),
+        ("two-point:target=100,from=0,to=40", BASE + 2.5 * (6.0 - BASE)),
         ("two-point:target=100,from=20,to=40", 4.0 + 4 * (6.0 - 4.0)),
         ("two-point:target=30,from=20,to=40,norms=extrapolate", 5.0),
         ("expo:alpha=0.5", 9.0 + 0.5 * (9.0 - BASE)),
