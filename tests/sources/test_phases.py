@@ -76,7 +76,9 @@ def test_a_phase_that_begins_too_early_is_a_fork(phases, offset, first):
 )
 def test_a_later_phase_replaces(phases, offset, replace_from, found):
     overlapping = [phases[0], phases[1]._replace(offset=offset)]
-    assert steps_of(find_run(overlapping, replace_from=replace_from)) == found
+    run = find_run(overlapping, replace_from=replace_from)
+    assert steps_of(run) == found
+    assert run.there == tuple(sorted([10, 20, 30, offset + 5, offset + 10]))
 
 
 def test_replacing_from_too_late_on_is_still_a_fork(phases):
