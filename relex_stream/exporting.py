@@ -101,10 +101,10 @@ class BlockExport(Stage[tuple[BlockOf, ...], None, "Counter[str]"]):
         extend_each(bits.view(np.uint8), at.bounds * bits.itemsize, crcs)
         for block, crc in zip(at.blocks, crcs.tolist(), strict=True):
             if crc != int(self._expected_crc[block.column]):
+                step = self._store.steps[self._rows - 1] if self._rows else 0
                 raise CorruptionError(
-                    f"{self._store.path}: step {self._store.steps[self._rows - 1]}, tensor "
-                    f"{block.tensor.name}, block {block.block} does not come back as it was "
-                    "ingested"
+                    f"{self._store.path}: step {step}, tensor {block.tensor.name}, block "
+                    f"{block.block} does not come back as it was ingested"
                 )
         if self._rows and self._in_base_dtype and at.blocks[0].tensor.kind == "tracked":
             bits = self._narrowed(at, bits)

@@ -70,13 +70,13 @@ class _Arguments:
         self.name, _, rest = text.partition(":")
         self._left: dict[str, str] = {}
         for part in rest.split(",") if rest else ():
-            key, equals, value = part.partition("=")
+            key, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals or key in self._left:
                 raise OptionError(
                     f"recipe {text!r}: {part!r} is not key=value, or is there twice; "
                     f"write {_RECIPES_HELP.get(self.name, 'name:key=value,key=value')}"
                 )
-            self._left[key.strip()] = value.strip()
+            self._left[key] = value
 
     def number(self, key: str, *, low: float = -math.inf, high: float = math.inf) -> float:
         """Take a number that must be there, within bounds."""

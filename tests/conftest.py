@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import relex_stream as rs
 from relex_stream.demo.run import TRAJECTORY
+
+# How long an example takes says nothing where other work runs beside it.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,14 @@ def test_steps_come_later_and_one_by_one(
     assert_same(store, whole)
 
 
+def test_steps_come_later_where_a_buffer_lies_beside_them(tmp_path: Path) -> None:
+    run = made(tmp_path, constants={"ids": IDS})
+    feed, store = slime_run(run, tmp_path / "feed"), tmp_path / "run.store"
+    # So few blocks that all are looked at.
+    build_store(run.base, feed, store, steps="1:2")
+    assert build_store(run.base, feed, store).steps_added == (3, 4)
+
+
 def test_no_more_is_unpacked_than_may_be_at_hand(
     run: Trajectory, feed: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -262,20 +264,124 @@ def test_damage_in_the_store_is_named_and_nothing_is_exported(tmp_path: Path) ->
     assert digests(tmp_path / "out") == digests(run.directories[1])
 
 
+@pytest.mark.parametrize(("step", "read"), [(0, "base_bits"), (2, "bits_at")])
 def test_bits_that_are_not_those_ingested_are_not_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, read: str
 ) -> None:
     """The last line of defence: the CRC-32C of the source, whatever went wrong before it."""
     run = make_trajectory(tmp_path, steps=(1, 2), tensors=SHAPES)
     rs.build_store(run.base, run.checkpoints, tmp_path / "store")
-    faithful = BlockReader.bits_at
+    faithful = getattr(BlockReader, read)
 
     def unfaithful(self: BlockReader, at: BlockOf, *arguments: object) -> object:
-        bits = faithful(self, at, *arguments)  # type: ignore[arg-type]
+        bits = faithful(self, at, *arguments)
         bits[-1] ^= 1
         return bits
 
-    monkeypatch.setattr(BlockReader, "bits_at", unfaithful)
-    with pytest.raises(rs.CorruptionError, match=r"step 2, tensor .*, block .* as it was ingested"):
-        rs.export(tmp_path / "store", tmp_path / "out", step=2)
+    monkeypatch.setattr(BlockReader, read, unfaithful)
+    what = rf"step {step}, tensor .*, block .* as it was ingested"
+    with pytest.raises(rs.CorruptionError, match=what):
+        rs.export(tmp_path / "store", tmp_path / "out", step=step)
     assert not (tmp_path / "out").exists()
+
+
+# --- refused before anything is written ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
+    """A run of F32 weights over a BF16 base, and its store beside them."""
+    root = tmp_path_factory.mktemp("small")
+    shapes = {"a.weight": (40, 30), "b": (7,)}
+    run = make_trajectory(root, steps=(1, 2), dtype="F32", base_dtype="BF16", tensors=shapes)
+    rs.build_store(run.base, run.checkpoints, root / "store")
+    return run
+
+
+def store_of(run: Trajectory) -> Path:
+    return run.base.parent / "store"
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("store/out", "OUT .* lies inside STORE"),
+        ("base/out", "OUT .* lies inside the base"),
+        ("store", "OUT .* lies inside STORE"),
+        (".", "STORE .* lies inside OUT"),
+    ],
+)
+def test_nothing_is_written_into_the_store_or_the_base(
+    small: Trajectory, place: str, message: str, several: bool
+) -> None:
+    out = small.base.parent / place
+    export = partial(rs.export_steps, steps="1:2") if several else partial(rs.export, step=1)
+    with pytest.raises(rs.OptionError, match=message):
+        export(store_of(small), out)
+    assert not (out / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"file_format": "gguf"}, "--format must be one of ingested, hf, not gguf"),
+        ({"cast": "fp8", "file_format": "hf"}, "--as must be bf16, not fp8"),
+        ({"cast": "bf16"}, "--as goes with --format hf"),
+    ],
+)
+def test_formats_that_there_are_not(
+    small: Trajectory, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(rs.OptionError, match=message):
+        rs.export(store_of(small), tmp_path / "out", step=1, **options)
+
+
+@pytest.mark.parametrize("steps", ["1,7", "7"])
+def test_steps_named_one_by_one_must_be_there(
+    small: Trajectory, tmp_path: Path, steps: str
+) -> None:
+    with pytest.raises(rs.OptionError, match="step 7"):
+        rs.export_steps(store_of(small), tmp_path / "out", steps=steps)
+    with pytest.raises(rs.OptionError, match=r"--steps 5:9: none of them .* it holds step 1, 2"):
+        rs.export_steps(store_of(small), tmp_path / "out", steps="5:9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_told_before_the_first_byte(
+    small: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = rs.export(store_of(small), tmp_path / "one", step=1).bytes_written
+    store, usage = store_of(small), SimpleNamespace(free=wanted - 1)
+    monkeypatch.setattr("relex_stream.writer.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(rs.OutputError, match=f"needs {wanted} bytes, .* has {wanted - 1} free"):
+        rs.export(store, tmp_path / "out", step=1)
+    usage.free = 2 * wanted - 1
+    rs.export(store, tmp_path / "two", step=1)
+    with pytest.raises(rs.OutputError, match=f"needs {2 * wanted} bytes"):
+        rs.export_steps(store, tmp_path / "out", steps="1:2")
+    assert not (tmp_path / "out").exists()
+    usage.free += 1
+    assert rs.export_steps(store, tmp_path / "out", steps="1:2").bytes_written == 2 * wanted
+
+
+def test_a_cast_takes_the_dtypes_of_a_bf16_base(tmp_path: Path) -> None:
+    for dtype, base_dtype, refused in (("F32", "F16", True), ("F16", "F16", False)):
+        root = tmp_path / dtype
+        run = make_trajectory(
+            root,
+            steps=(1, 2),
+            dtype=dtype,
+            base_dtype=base_dtype,
+            tensors={"a": (30, 9)},
+            change_share=0.5,
+        )
+        rs.build_store(run.base, run.checkpoints, root / "store")
+        options = {"step": 1, "file_format": "hf", "cast": "bf16"}
+        if refused:
+            with pytest.raises(rs.OptionError, match="tensor a is F16 in the base"):
+                rs.export(root / "store", root / "out", **options)  # type: ignore[arg-type]
+        else:
+            # Nothing to cast: as in the checkpoints.
+            rs.export(root / "store", root / "out", **options)  # type: ignore[arg-type]
+            assert (root / "out/model.safetensors").stat().st_size > 2 * 30 * 9

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_stream.pieces import PieceTable, Span, spans_of
+from relex_stream.pieces import PieceTable, Span, is_inside, spans_of
 from relex_stream.specs import Box
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
@@ -113,6 +113,36 @@ def test_runs_of_a_range_read_back_what_the_pieces_hold(case, itemsize, data):
     assert table.runs(2, 0, 0, itemsize).elements.size == 0
 
 
+@pytest.mark.parametrize(
+    ("start", "length", "inside"),
+    [
+        ((0, 0), (4, 3), True),
+        ((4, 3), (0, 0), True),
+        ((1, 2), (3, 1), True),
+        ((1, 2), (3, 2), False),
+        ((-1, 0), (2, 1), False),
+        ((2, 0), (-1, 1), False),
+        ((0,), (4,), False),
+        ((0, 0), (4,), False),
+        ((0, 0, 0), (1, 1, 1), False),
+    ],
+)
+def test_boxes_inside_a_tensor(start, length, inside):
+    assert is_inside(Box(start, length), (4, 3)) == inside
+
+
+@given(shape_and_box(), st.integers(1, 8))
+def test_a_span_in_smaller_units_is_the_same_elements(case, factor):
+    shape, box = case
+    for span in spans_of(box, shape):
+        large = [span.first + row * span.stride for row in range(span.rows)]
+        small = span.scaled(factor)
+        assert [small.first + row * small.stride for row in range(small.rows)] == [
+            factor * first for first in large
+        ]
+        assert small.elements == factor * span.elements
+
+
 def test_tables_know_which_tensors_lie_in_one_run():
     whole, split = Span(0, 1, 8, 8), Span(0, 2, 2, 4)
     halves = [(0, 0, Span(0, 1, 4, 4)), (1, 0, Span(4, 1, 4, 4))]
@@ -122,6 +152,16 @@ def test_tables_know_which_tensors_lie_in_one_run():
     assert table.file_class.tolist() == [0, -1, 0, 1, 2]
     assert table.first_place(4) == (2, 5)
     assert table.first_place(1) == (-1, 0)
+
+
+def test_files_of_a_tensor_ascend_however_its_pieces_lie():
+    row = [Span(i, 1, 1, 1) for i in range(3)]
+    orders = [(9, 8, 1), (1, 8, 9)]
+    table = PieceTable.of(
+        [[(file, 0, span) for file, span in zip(files, row, strict=True)] for files in orders]
+    )
+    assert [table.files_of(i) for i in range(2)] == [(1, 8, 9), (1, 8, 9)]
+    assert table.file_class.tolist() == [0, 0]
 
 
 def test_equal_columns_are_shared():

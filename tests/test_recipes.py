@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relex_stream.errors import OptionError
 from relex_stream.recipes import RECIPES, Recipe, parse_recipe, parse_weights
 
 STEPS = (10, 20, 30, 40, 50)
@@ -33,6 +34,7 @@ def ema(decay: float, last: int = 50) -> float:
     [
         ("two-point:target=100", BASE + 2 * (9.0 - BASE)),
         ("two-point:target=100,to=40", BASE + 2.5 * (6.0 - BASE)),
+        ("two-point:target=100,from=0,to=40", BASE + 2.5 * (6.0 - BASE)),
         ("two-point:target=100,from=20,to=40", 4.0 + 4 * (6.0 - 4.0)),
         ("two-point:target=30,from=20,to=40,norms=extrapolate", 5.0),
         ("expo:alpha=0.5", 9.0 + 0.5 * (9.0 - BASE)),
@@ -77,6 +79,64 @@ def test_weights_given_leave_the_rest_to_the_base(weights: dict[int, float]) -> 
     assert value(recipe) == pytest.approx(expected, rel=1e-9, abs=1e-9)
     again = parse_weights(f"{text},0={recipe.base_weight!r}", STEPS)
     assert again.step_weights == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("two-point:target", r"'target' is not key=value, .*; write two-point:target=N"),
+        ("two-point:target=1,target=2", "'target=2' is not key=value, or is there twice"),
+        ("expo:alpha=1, alpha=2", "' alpha=2' is not key=value, or is there twice"),
+        ("none:x=1", "there is no recipe 'none'; .*lawa:last=K"),
+        ("two-point:target=-1", "target must be a number from 0 to inf, not '-1'"),
+        ("two-point:target=inf", "target must be a number"),
+        ("two-point:target=nan", "target must be a number"),
+        ("expo:alpha=inf", "alpha must be a number, not 'inf'"),
+        ("expo:alpha=nan", "alpha must be a number, not 'nan'"),
+        ("expo:step=20", "lacks alpha; write expo:alpha=X"),
+        ("expo:alpha=1,step=0", "step must be a step that the store holds, not '0'"),
+        ("two-point:target=9,from=5", "from must be a step that the store holds or 0 for the base"),
+        ("two-point:target=9,from=20,to=20", "'to' must be a later step than 'from'"),
+        ("two-point:target=9,norms=no", "norms must be copy or extrapolate, not 'no'"),
+        ("ema:decay=1.5", "decay must be a number from 0 to 1"),
+        ("ema:decay=-0.1", "decay must be a number from 0 to 1"),
+        ("lawa:last=3,to=20", "last must be a number from 1 to 2"),
+        ("lawa:last=0", "last must be a number from 1 to 5"),
+        ("lawa:last=1.5", "last must be a whole number"),
+        ("lawa:last=1,from=1", "knows no 'from'; write lawa:last=K"),
+    ],
+)
+def test_a_recipe_that_cannot_be_says_why(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_recipe(text, STEPS)
+
+
+def test_a_recipe_needs_steps() -> None:
+    with pytest.raises(OptionError, match="the store holds no steps"):
+        parse_recipe("first-update:scale=2", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("10=inf", "'10=inf' is not STEP=WEIGHT"),
+        ("10=nan", "'10=nan' is not STEP=WEIGHT"),
+        ("10", "'10' is not STEP=WEIGHT, like 100=0.5"),
+        ("-1=1", "'-1=1' is not STEP=WEIGHT"),
+        ("10=1,10=2", "step 10 is there twice"),
+        ("15=1", "the store holds no step 15"),
+        ("10=0.5,0=0.4", r"the base \(step 0\) has 0.5, not 0.4"),
+    ],
+)
+def test_weights_that_cannot_be_say_why(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_weights(text, STEPS)
+
+
+def test_norms_are_found_whatever_their_case() -> None:
+    recipe = parse_recipe("two-point:target=100", STEPS)
+    assert recipe.copies("transformer.h.0.LayerNorm.weight")
+    assert recipe.copies("h.0.LN_1.weight")
 
 
 def test_labels_are_names_of_files() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -234,6 +235,13 @@ def test_other_groups_of_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         decode_manifest(data)
 
 
+@pytest.mark.parametrize("text", ["[]", "5", "null", "{", ""])
+def test_a_record_of_something_else_is_damage(text: str) -> None:
+    data = safetensors.numpy.save({}, {"relex_stream": text})
+    with pytest.raises(CorruptionError, match="the manifest is not a record"):
+        decode_manifest(data)
+
+
 @pytest.mark.parametrize("column", ["base_crc", "base_frame_bytes"])
 def test_columns_of_a_manifest_fit_its_tensors(column: str) -> None:
     manifest = manifest_of(**{column: np.zeros(6, np.uint32)})
@@ -291,12 +299,35 @@ def test_records_lie_in_their_directory(path: str) -> None:
             decode_head(encode_head(head))
 
 
-def test_head_is_refused_where_its_checksum_or_fence_is_none() -> None:
-    body = json.loads(encode_head(Head(NAME, (1,), (NAME,))))
+def signed(**changes: Any) -> bytes:
+    """Return a HEAD with other members, and the checksum of these."""
+    body = json.loads(encode_head(Head(NAME, (1,), (NAME,)))) | changes
+    del body["crc32c"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(body | {"crc32c": google_crc32c.value(text)}).encode()
+
+
+def test_head_is_refused_without_its_checksum() -> None:
+    body = json.loads(signed())
+    assert decode_head(json.dumps(body).encode()).steps == (1,)
     with pytest.raises(CorruptionError, match="does not match its checksum"):
         decode_head(json.dumps(body | {"crc32c": body["crc32c"] ^ 1}).encode())
-    del body["crc32c"]
-    body["fence"] = 5
-    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    with pytest.raises(CorruptionError, match="its fence is no text"):
-        decode_head(json.dumps(body | {"crc32c": google_crc32c.value(text)}).encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fence": 5},
+        {"manifest": [5, 1]},
+        {"manifest": ["commits/x"]},
+        {"manifest": None},
+        {"commits": 5},
+        {"commits": [5]},
+        {"commits": [[1, "commits/x"]]},
+        {"commits": [["x", "commits/x", 1]]},
+        {"commits": [[1, "commits/x", None]]},
+    ],
+)
+def test_members_of_head_that_cannot_be_are_damage(changes: dict[str, Any]) -> None:
+    with pytest.raises(CorruptionError, match="HEAD of the store"):
+        decode_head(signed(**changes))

@@ -165,6 +165,15 @@ def test_empty_tensors_and_tied_heads_are_no_reason_not_to_come_back(tmp_path, t
     assert digests(tmp_path / "out") == digests(path.parent)
 
 
+def test_phases_may_have_layouts_of_their_own(runs, tmp_path):
+    phases = {"then": [(runs / "dcp", 5)], "steps": "1,7"}
+    build_store(runs / "base", runs / "fsdp", tmp_path / "store", **phases)
+    for step, source in ((1, "fsdp/global_step_1/actor"), (7, "dcp/step-2")):
+        summary = rs.export(tmp_path / "store", tmp_path / f"{step}", step=step)
+        assert summary.file_format == "ingested"
+        assert digests(tmp_path / f"{step}").items() <= digests(runs / source).items()
+
+
 def test_format_2_is_said_where_it_is_needed(stores):
     formats = {layout: rs.info(stores / layout).format_version for layout in WEIGHTS}
     needed = dict.fromkeys(WEIGHTS, 2) | {"dcp_with_state": 1}

@@ -18,6 +18,7 @@ from relex_stream.ulp import (
     can_widen,
     find_changes,
     finite_one,
+    narrow,
     number_one,
     numbers,
     ordered,
@@ -451,6 +452,49 @@ def test_widening_to_the_same_format_copies(code):
 def test_which_formats_widen():
     allowed = {(a, b) for a in FORMATS for b in FORMATS if can_widen(FORMATS[a], FORMATS[b])}
     assert allowed == {(a, a) for a in FORMATS} | {("BF16", "F32"), ("F16", "F32")}
+
+
+# --- narrowing ---------------------------------------------------------------------------------
+
+
+def narrowed(bits, source, target):
+    out = np.full(bits.size, 0xAA, target.bits_dtype)
+    narrow(bits, source, target, out)
+    return out
+
+
+def test_f32_is_rounded_to_bf16_whatever_its_lower_half_is():
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        wide = (ALL_16.astype(np.uint32) << np.uint32(16)) | np.uint32(lower)
+        found = narrowed(wide, F32, BF16)
+        # By the definition: the nearer of the two neighbours, of equally near ones the even.
+        up = (lower > 0x8000) | ((lower == 0x8000) & (ALL_16 & 1 == 1))
+        expected = ALL_16.astype(np.uint32) + up
+        nan = np.isnan(wide.view(np.float32))
+        assert np.array_equal(found[~nan], expected[~nan])
+        # NaNs keep sign and payload, and are quiet: none becomes an infinity.
+        assert np.array_equal(found[nan], ALL_16[nan] | np.uint16(0x40))
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16"])
+def test_narrowing_undoes_widening(code):
+    fmt = FORMATS[code]
+    found = narrowed(widened(ALL_16, fmt, F32), F32, fmt)
+    nan = np.isnan(as_float64(ALL_16, fmt))
+    assert np.array_equal(found[~nan], ALL_16[~nan])
+    assert np.isnan(as_float64(found, fmt)[nan]).all()
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
+def test_narrowing_to_the_same_format_copies(code):
+    bits = random_bits(np.random.default_rng(9), 5000, FORMATS[code].itemsize)
+    assert np.array_equal(narrowed(bits, FORMATS[code], FORMATS[code]), bits)
+
+
+def test_f32_is_rounded_to_f16():
+    between = np.array([1 + 2**-11, 1 + 3 * 2**-11, 65520, 65519, -1e30, 2**-25], np.float32)
+    found = narrowed(between.view(np.uint32), F32, F16)
+    assert found.tolist() == [0x3C00, 0x3C02, 0x7C00, 0x7BFF, 0xFC00, 0x0000]
 
 
 # --- measuring changes -------------------------------------------------------------------------

@@ -299,9 +299,17 @@ def _decode_record(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, ND
         columns = safetensors.numpy.load(data)
         (length,) = struct.unpack_from("<Q", data)
         metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_METADATA_KEY])
-    except (SafetensorError, struct.error, ValueError, KeyError, TypeError) as error:
+        version = metadata.get("format")
+    except (
+        SafetensorError,
+        struct.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise CorruptionError(f"{what} is not a record of a relex-stream store: {error}") from error
-    check_version(metadata.get("format"), what)
+    check_version(version, what)
     return metadata, columns
 
 
@@ -515,9 +523,11 @@ def decode_head(data: bytes) -> Head:
     if crc != _body_crc(body):
         raise CorruptionError("HEAD of the store does not match its checksum")
     try:
-        names = [RecordName(str(path), int(crc)) for _, path, crc in body["commits"]]
-        steps = tuple(int(step) for step, _, _ in body["commits"])
-        manifest = RecordName(*body["manifest"])
+        manifest, *names = (
+            RecordName(str(path), int(crc))
+            for path, crc in (body["manifest"], *(name for _, *name in body["commits"]))
+        )
+        steps = tuple(int(step) for step, *_ in body["commits"])
         fence = body.get("fence")
         if fence is not None and not isinstance(fence, str):
             raise ValueError("its fence is no text")

@@ -55,6 +55,12 @@ def test_steps_that_are_nowhere_are_named(phases, text):
         find_run(phases, steps=parse_steps(text))
 
 
+def test_steps_there_are_named_in_their_order(phases):
+    overlapping = [phases[0], phases[1]._replace(offset=12)]
+    with pytest.raises(SourceError, match="steps there: 10, 17, 20, 22, 30"):
+        find_run(overlapping, steps=parse_steps("5"))
+
+
 @pytest.mark.parametrize(("offset", "first"), [(0, 5), (20, 25), (25, 30)])
 def test_a_phase_that_begins_too_early_is_a_fork(phases, offset, first):
     overlapping = [phases[0], phases[1]._replace(offset=offset)]
@@ -70,7 +76,9 @@ def test_a_phase_that_begins_too_early_is_a_fork(phases, offset, first):
 )
 def test_a_later_phase_replaces(phases, offset, replace_from, found):
     overlapping = [phases[0], phases[1]._replace(offset=offset)]
-    assert steps_of(find_run(overlapping, replace_from=replace_from)) == found
+    run = find_run(overlapping, replace_from=replace_from)
+    assert steps_of(run) == found
+    assert run.there == tuple(sorted([10, 20, 30, offset + 5, offset + 10]))
 
 
 def test_replacing_from_too_late_on_is_still_a_fork(phases):
@@ -82,6 +90,19 @@ def test_a_directory_without_checkpoints_is_named(phases, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="empty: no checkpoints"):
         find_run([*phases, Phase(tmp_path / "empty", 100)])
+
+
+@pytest.mark.parametrize(("gone", "found"), [((5,), [10, 20, 30, 40]), ((5, 10), [10, 20, 30])])
+@pytest.mark.parametrize("text", [None, "10,20,30,35,40"])
+def test_stored_steps_whose_weights_are_gone_are_passed_over(phases, gone, found, text):
+    for step in gone:
+        (phases[1].directory / f"checkpoint-{step}/model.safetensors").unlink()
+    steps = None if text is None else parse_steps(text)
+    run = find_run(phases, steps=steps, may_lack=[step + 30 for step in gone])
+    assert steps_of(run) == found
+    assert run.there == (10, 20, 30, 35, 40)
+    with pytest.raises(SourceError, match="checkpoint-5: no weights"):
+        find_run(phases, steps=steps, may_lack=gone)
 
 
 def test_a_store_of_two_phases_is_that_of_one_run(tmp_path):
