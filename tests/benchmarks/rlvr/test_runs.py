@@ -58,7 +58,13 @@ def test_a_run_rose_from_about_a_half(name):
     assert last - first > (0.03 if name in DECIDING else 0.06)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("addition", "brackets") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RUNS
+    ],
+)
 def test_the_record_is_what_the_store_gives_back(name, tmp_path):
     run = load_run(name)
     last = RUNS[name].steps
