@@ -86,6 +86,13 @@ def test_a_model_of_wider_weights_has_the_files_of_the_base(tmp_path: Path) -> N
     assert index["weight_map"] == json.loads((run.base / INDEX).read_text())["weight_map"]
 
 
+def test_the_model_of_step_0_is_the_base(tmp_path: Path) -> None:
+    run = made(tmp_path, metadata={"total_size": 7})
+    rs.export(tmp_path / "store", tmp_path / "out", step=0, file_format="hf")
+    for path in run.base.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("metadata", [None, {}])
 def test_an_index_that_tells_no_size_tells_none_later(
     tmp_path: Path, metadata: dict[str, int] | None
