@@ -47,6 +47,7 @@ def made(root: Path, dtype: str = "F32", metadata: dict[str, int] | None = None)
     if metadata is not None:
         index["metadata"] = metadata
     (run.base / INDEX).write_text(json.dumps(index))
+    (run.base / "merges.txt").write_text("no JSON")
     build_store(run.base, run.checkpoints, root / "store", block_bytes=32)
     return run
 
@@ -79,7 +80,8 @@ def test_a_model_of_wider_weights_has_the_files_of_the_base(tmp_path: Path) -> N
     assert int.from_bytes((out / "one.safetensors").read_bytes()[:8], "little") % 8 == 0
     assert "n\u00f6te \u2713".encode() in (out / "one.safetensors").read_bytes()
     # What has no other dtype stays as it is, however it was written.
-    assert (out / "two.safetensors").read_bytes() == (run.base / "two.safetensors").read_bytes()
+    for name in ("two.safetensors", "merges.txt", "config.json"):
+        assert (out / name).read_bytes() == (run.base / name).read_bytes()
     index = json.loads((out / INDEX).read_text())
     nbytes = 4 * (24 + 5 + 1) + 3 * 8
     assert index["metadata"] == {"total_size": nbytes, "total_parameters": 30}
