@@ -59,7 +59,7 @@ def test_it_is_on_the_disk_at_once(places):
 def test_a_second_one_is_refused(places):
     linked = places[0].with_name("linked")
     linked.symlink_to(places[0])
-    busy = pytest.raises(StoreBusyError, match="another watch of this store.* end it first")
+    busy = pytest.raises(StoreBusyError, match=r"another watch of this store.* end it first")
     with Ledger(*places), busy, Ledger(linked, places[1]):
         pass
     with Ledger(*places):
