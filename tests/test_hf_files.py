@@ -47,6 +47,7 @@ def made(root: Path, dtype: str = "F32", metadata: dict[str, int] | None = None)
     if metadata is not None:
         index["metadata"] = metadata
     (run.base / INDEX).write_text(json.dumps(index))
+    (run.base / "merges.txt").write_text("no JSON")
     build_store(run.base, run.checkpoints, root / "store", block_bytes=32)
     return run
 
@@ -79,11 +80,19 @@ def test_a_model_of_wider_weights_has_the_files_of_the_base(tmp_path: Path) -> N
     assert int.from_bytes((out / "one.safetensors").read_bytes()[:8], "little") % 8 == 0
     assert "n\u00f6te \u2713".encode() in (out / "one.safetensors").read_bytes()
     # What has no other dtype stays as it is, however it was written.
-    assert (out / "two.safetensors").read_bytes() == (run.base / "two.safetensors").read_bytes()
+    for name in ("two.safetensors", "merges.txt", "config.json"):
+        assert (out / name).read_bytes() == (run.base / name).read_bytes()
     index = json.loads((out / INDEX).read_text())
     nbytes = 4 * (24 + 5 + 1) + 3 * 8
     assert index["metadata"] == {"total_size": nbytes, "total_parameters": 30}
     assert index["weight_map"] == json.loads((run.base / INDEX).read_text())["weight_map"]
+
+
+def test_the_model_of_step_0_is_the_base(tmp_path: Path) -> None:
+    run = made(tmp_path, metadata={"total_size": 7})
+    rs.export(tmp_path / "store", tmp_path / "out", step=0, file_format="hf")
+    for path in run.base.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("metadata", [None, {}])

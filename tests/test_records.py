@@ -138,6 +138,7 @@ def manifest_of(**changes: Any) -> Manifest:
         "a": ("tracked", "BF16", [9, 8]),
         "b": ("constant", "I64", [9]),
         "c": ("tied", "BF16", [9, 8]),
+        "d": ("constant", "U8", [0]),
     }
     described = [
         {
@@ -196,7 +197,7 @@ def assert_equal(one: Any, other: Any) -> None:
 def test_blocks_are_of_whole_elements_and_of_a_constant_of_bytes() -> None:
     manifest = manifest_of()
     found = [(t.block_elements, t.first_block, t.blocks, t.elements) for t in manifest.tensors]
-    assert found == [(32, 0, 3, 72), (64, 3, 2, 72), (32, 5, 0, 72)]
+    assert found == [(32, 0, 3, 72), (64, 3, 2, 72), (32, 5, 0, 72), (64, 5, 0, 0)]
     assert [manifest.tensors[0].block_range(block) for block in (0, 2)] == [(0, 32), (64, 72)]
 
 

@@ -59,7 +59,7 @@ def test_it_is_on_the_disk_at_once(places):
 def test_a_second_one_is_refused(places):
     linked = places[0].with_name("linked")
     linked.symlink_to(places[0])
-    busy = pytest.raises(StoreBusyError, match="another watch of this store")
+    busy = pytest.raises(StoreBusyError, match=r"another watch of this store.* end it first")
     with Ledger(*places), busy, Ledger(linked, places[1]):
         pass
     with Ledger(*places):
@@ -81,6 +81,49 @@ def test_notes_that_are_cut_short_are_not_believed(places):
         ledger.path.write_bytes(data[:size])
         with Ledger(*places) as again:
             assert again.steps == {}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        *(None, [], 5, {}, {"checkpoints": 1}),
+        *({"steps": steps} for steps in ([], None, {"x": {}}, {"1": None}, {"1": {"files": []}})),
+        {"steps": {"1": {"record": "x", "files": [["a", 5]], "deleting": False}}},
+        {"steps": {"1": {"record": "x", "files": [["a", "x", 5]], "deleting": False}}},
+    ],
+)
+def test_notes_of_another_form_are_not_believed(places, document):
+    if isinstance(document, dict) and "steps" in document:
+        document["checkpoints"] = str(places[1])
+    places[0].with_name("run.store.watch").write_text(json.dumps(document))
+    with Ledger(*places) as ledger:
+        assert ledger.steps == {}
+
+
+@pytest.mark.parametrize("deleting", ["false", 1, None])
+def test_a_deletion_has_begun_only_where_that_is_said(places, deleting):
+    with Ledger(*places) as ledger:
+        ledger.note(1, SOME)
+    document = json.loads(ledger.path.read_text())
+    document["steps"]["1"]["deleting"] = deleting
+    ledger.path.write_text(json.dumps(document))
+    with Ledger(*places) as ledger:
+        assert ledger.steps == {1: SOME}
+
+
+def test_the_same_checkpoints_under_another_name_are_the_same(places):
+    places[1].mkdir()
+    places[1].with_name("linked").symlink_to(places[1])
+    with Ledger(*places) as ledger:
+        ledger.note(1, SOME)
+    with Ledger(places[0], places[1].with_name("linked")) as ledger:
+        assert ledger.steps == {1: SOME}
+
+
+def test_the_place_of_the_store_is_made(tmp_path):
+    with Ledger(tmp_path / "deep" / "run.store", tmp_path) as ledger:
+        ledger.note(1, SOME)
+    assert ledger.path.parent == tmp_path / "deep"
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "", 5, None])

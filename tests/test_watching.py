@@ -596,7 +596,7 @@ def test_with_the_base_in_the_store_it_is(run):
 
 def test_without_the_option_nothing_is_deleted(run):
     run.arrive(1, 2)
-    assert run.watch(keep_last=0).steps_deleted == ()
+    assert run.watch(keep_last=0, kept=False).steps_deleted == ()
     assert run.with_weights == [1, 2]
 
 
