@@ -293,6 +293,16 @@ def test_idleness_ends_it_and_work_does_not(run):
     assert 240 <= run.clock.now_s <= 350
 
 
+def test_steps_that_arrive_behind_one_that_is_waited_for_are_no_idleness(run):
+    run.arrive(1)
+    run.weights(1).unlink()
+    acts = [lambda: None] * 9
+    arrivals = [(lambda step=step: run.arrive(step)) for step in (2, 3)]
+    summary = run.watch(*acts, arrivals[0], *acts, arrivals[1], idle_exit_s=100.0)
+    assert (summary.ended, summary.steps_added) == ("idle", ())
+    assert 300 <= run.clock.now_s <= 330
+
+
 # --- what cannot be stored -----------------------------------------------------------------------
 
 
@@ -579,6 +589,9 @@ def test_nothing_is_deleted_unless_the_base_is_safe(run):
         with pytest.raises(OptionError, match=r"--base-kept-elsewhere, or .* --include-base"):
             run.watch(delete_ingested=True, kept=False)
         run.watch()
+    # What a store is begun with counts, not what is asked for later.
+    with pytest.raises(OptionError, match="--base-kept-elsewhere"):
+        run.watch(delete_ingested=True, kept=False, build={"include_base": True, "workers": 1})
     assert run.with_weights == [1, 2]
     assert run.watch(delete_ingested=True, kept=True).steps_deleted == (1,)
 
@@ -865,9 +878,10 @@ def test_other_names_and_a_cast_are_those_of_the_build(run, tmp_path):
         "cast": "bf16",
         "workers": 1,
     }
+    assert run.watch(build=build, steps="1").steps_added == (1,)  # and nothing to warn of
     with pytest.warns(RelexStreamWarning, match="what is deleted cannot be had back as it was"):
         summary = run.watch(build=build, delete_ingested=True, steps="1:2")
-    assert summary.steps_verified == (1, 2)
+    assert summary.steps_verified == (2,)
     assert summary.steps_deleted == (1,)
     store = rs.open_store(run.store, base=made.base)
     for step in made.steps:
