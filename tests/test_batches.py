@@ -89,12 +89,20 @@ def test_sketches_are_those_of_their_tensors(tmp_path: Path) -> None:
 def test_weights_that_go_back_to_the_base_are_at_no_distance_below_zero(tmp_path: Path) -> None:
     shapes = {f"w{i}": (50,) for i in range(20)}
     run = make_trajectory(tmp_path, steps=(1, 2, 3), tensors=shapes, dtype="F32")
+    rng = np.random.default_rng(3)
+    for step in (1, 2):
+        # Of so many sizes that sums of squares are rounded.
+        moved = {
+            name: (10.0 ** rng.uniform(-6, 3, 50)).astype(np.float32).view(np.uint32)
+            for name in shapes
+        }
+        rewrite(run, step, moved)
     rewrite(run, 3, run.bits[0])
-    build_store(run.base, run.checkpoints, tmp_path / "store", block_bytes=64)
+    build_store(run.base, run.checkpoints, tmp_path / "store")
     distances = Store(tmp_path / "store").delta_sq
-    assert (distances[:2] > 0).all()
     assert (distances[2] >= 0).all()
-    assert (distances[2] <= 1e-12 * distances[1]).all()
+    assert (distances[2] <= 1e-9 * distances[1]).all()
+    assert distances[2].any()  # so some sums were rounded, and others the other way
 
 
 # --- what is told --------------------------------------------------------------------------------
@@ -195,15 +203,15 @@ def test_the_widest_batch_is_planned_for(
     monkeypatch.setattr("relex_stream.batches.unpacking_bytes", lambda block_bytes: block_bytes)
     others = ("block_bytes", "executor", "files", "base_files", "base_hint", "seed")
     others += ("include_base", "allow_nonfinite", "progress")
-    settled: dict[str, Any] = dict(
-        writer=SimpleNamespace(store=SimpleNamespace(steps=range(rows)), transfer_bytes=50),
-        reader=SimpleNamespace(reading_bytes=7),
-        tensors=tensors,
-        sketch_width=4,
-        commit_steps=commit_steps,
-        base_checkpoint=SimpleNamespace(nbytes=400),
-        capacity=Capacity(1, 1, True, reserved_bytes=0, memory_limit_bytes=1 << 30),
-    )
+    settled: dict[str, Any] = {
+        "writer": SimpleNamespace(store=SimpleNamespace(steps=range(rows)), transfer_bytes=50),
+        "reader": SimpleNamespace(reading_bytes=7),
+        "tensors": tensors,
+        "sketch_width": 4,
+        "commit_steps": commit_steps,
+        "base_checkpoint": SimpleNamespace(nbytes=400),
+        "capacity": Capacity(1, 1, True, reserved_bytes=0, memory_limit_bytes=1 << 30),
+    }
     batches = Batches(**settled, **dict.fromkeys(others))
     table = SimpleNamespace(file=np.zeros(9))
     places: Any = [SimpleNamespace(nbytes=1000, table=table, patch=None)] * (left - 1)
