@@ -454,6 +454,9 @@ def test_a_watch_leaves_files_that_hold_the_state_of_an_optimizer(runs, tmp_path
     # It is noted that they are verified.
     assert watched().steps_verified == ()
     assert digests(tmp_path / "run") == before
+    # Who wants nothing deleted is not told what stays.
+    places = (runs / "base", tmp_path / "run", tmp_path / "other")
+    assert rs.watch(*places, settle_s=0, once=True, steps="1").steps_verified == (1,)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "dcp", "split"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_it_is_on_the_disk_at_once(places):
         document = json.loads(ledger.path.read_text())
     assert list(document["steps"]) == ["2"]
     assert ledger.path == places[0].with_name("run.store.watch")
+
+
+def test_it_is_synced_before_anything_is_deleted(places, monkeypatch):
+    synced = []
+
+    def note(descriptor):
+        assert os.fstat(descriptor).st_ino == ledger.path.stat().st_ino
+        synced.append(list(json.loads(ledger.path.read_text())["steps"]))
+
+    monkeypatch.setattr(os, "fsync", note)
+    with Ledger(*places) as ledger:
+        ledger.note(1, SOME)
+        ledger.note(2, SOME)
+        ledger.strike(1)
+    assert synced == [["1"], ["1", "2"], ["2"]]
 
 
 def test_a_second_one_is_refused(places):

@@ -254,6 +254,26 @@ def test_one_given_up_that_changes_is_waited_for_again(run):
     assert summary.steps_given_up == ()
 
 
+def test_one_given_up_that_changes_may_be_given_up_again(run):
+    run.arrive(1)
+    data = run.weights(1).read_bytes()
+    run.weights(1).write_bytes(data[:-1])
+    change = [*[lambda: None] * 25, lambda: run.weights(1).write_bytes(data[:-2])]
+    summary = run.watch(*change, *[lambda: None] * 25, run.stop.set, give_up_s=200.0)
+    assert run.told("given-up") == [1, 1]
+    assert summary.steps_given_up == (1,)
+
+
+def test_one_given_up_may_be_whole_at_once(run):
+    run.arrive(1)
+    data = run.weights(1).read_bytes()
+    run.weights(1).write_bytes(data[:-1])
+    acts = [*[lambda: None] * 9, lambda: run.weights(1).write_bytes(data), run.stop.set]
+    summary = run.watch(*acts, settle_s=0.0, give_up_s=50.0)
+    assert run.told("given-up") == [1]
+    assert (summary.steps_added, summary.steps_given_up) == ((1,), ())
+
+
 def test_an_end_at_a_step_that_is_given_up(run):
     run.arrive(1)
     (run.checkpoints / "global_step_2").mkdir()
@@ -294,6 +314,48 @@ def test_idleness_ends_it_and_work_does_not(run):
     assert 240 <= run.clock.now_s <= 350
 
 
+def test_steps_that_arrive_behind_one_that_is_waited_for_are_no_idleness(run):
+    run.arrive(1)
+    run.weights(1).unlink()
+    acts = [lambda: None] * 9
+    arrivals = [(lambda step=step: run.arrive(step)) for step in (2, 3)]
+    summary = run.watch(*acts, arrivals[0], *acts, arrivals[1], idle_exit_s=100.0)
+    assert (summary.ended, summary.steps_added) == ("idle", ())
+    assert 300 <= run.clock.now_s <= 330
+
+
+def test_a_checkpoint_that_is_being_written_is_no_idleness(run):
+    run.arrive(1)
+    grow = [
+        lambda n=n: (run.directory(1) / "optimizer.pt").write_bytes(bytes(n)) for n in range(25)
+    ]
+    summary = run.watch(*grow, idle_exit_s=100.0)
+    assert (summary.ended, summary.steps_added) == ("idle", (1,))
+
+
+def test_idleness_begins_when_work_ends(run):
+    run.arrive(1)
+
+    def take_long(event: WatchEvent) -> None:
+        run.clock.now_s += 500.0
+
+    run.watch(*[lambda: None] * 3, idle_exit_s=100.0, tell=take_long)
+    assert run.clock.now_s >= 30 + 500 + 100
+
+
+def test_the_time_of_an_append_is_shared_among_its_steps(run, monkeypatch):
+    build = watching.build
+
+    def take_long(*arguments: Any, **options: Any) -> Any:
+        run.clock.now_s += 90.0
+        return build(*arguments, **options)
+
+    run.arrive(1, 2, 3)
+    monkeypatch.setattr(watching, "build", take_long)
+    run.watch()
+    assert [event.elapsed_s for event in run.events if event.kind == "stored"] == [30.0] * 3
+
+
 # --- what cannot be stored -----------------------------------------------------------------------
 
 
@@ -306,10 +368,19 @@ def broken(run: Run, step: int) -> None:
     run.weights(step).write_bytes(data.replace(b'"b"', b'"c"'))
 
 
-def test_one_bad_step_does_not_keep_those_before_it_out(run):
+def test_one_bad_step_does_not_keep_those_before_it_out(run, monkeypatch):
+    builds, build = [], watching.build
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        builds.append(options["steps"])
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(watching, "build", noted)
     run.arrive(1, 2, 3, 4)
     broken(run, 3)
     summary = run.watch()
+    # All at once, then one by one.
+    assert builds == ["1,2,3,4", "1", "1,2", "2,3"]
     assert summary.steps_added == (1, 2)
     (event,) = [event for event in run.events if event.kind == "waiting"]
     assert event.step == 3
@@ -526,6 +597,30 @@ def test_a_comparison_that_fails_is_tried_again(run, monkeypatch):
     assert summary.steps_verified == summary.steps_deleted == (1,)
 
 
+def test_a_comparison_that_goes_on_failing_is_waited_for(run, monkeypatch):
+    compare, moments = watching.compare_step, []
+
+    def at_fourth_try(*arguments: Any, **options: Any) -> Any:
+        moments.append(run.clock.now_s)
+        if len(moments) < 4:
+            raise SourceError("the network is down")
+        return compare(*arguments, **options)
+
+    run.arrive(1)
+    monkeypatch.setattr(watching, "compare_step", at_fourth_try)
+    assert run.watch(*[lambda: None] * 9, run.stop.set).steps_verified == (1,)
+    assert moments == [30.0, 30.0, 40.0, 50.0]
+
+
+def test_steps_are_compared_over_the_base_that_is_in_the_store(run):
+    run.arrive(1, 2)
+    run.base = Path(shutil.copytree(run.base, run.root / "base"))
+    build: BuildOptions = {"include_base": True, "workers": 1}
+    rs.build_store(run.base, run.checkpoints, run.store, include_base=True, workers=1)
+    spoil(run.base / "model.safetensors")
+    assert run.watch(build=build).steps_verified == (1, 2)
+
+
 # --- deleting ------------------------------------------------------------------------------------
 
 
@@ -580,6 +675,9 @@ def test_nothing_is_deleted_unless_the_base_is_safe(run):
         with pytest.raises(OptionError, match=r"--base-kept-elsewhere, or .* --include-base"):
             run.watch(delete_ingested=True, kept=False)
         run.watch()
+    # What a store is begun with counts, not what is asked for later.
+    with pytest.raises(OptionError, match="--base-kept-elsewhere"):
+        run.watch(delete_ingested=True, kept=False, build={"include_base": True, "workers": 1})
     assert run.with_weights == [1, 2]
     assert run.watch(delete_ingested=True, kept=True).steps_deleted == (1,)
 
@@ -845,6 +943,21 @@ def test_the_hook_is_run_after_each_step(run):
     ]
 
 
+def test_the_hook_is_told_of_a_step_that_differs(run, monkeypatch):
+    run.arrive(1, 2)
+    build, told = watching.build, []
+
+    def and_spoil(*arguments: Any, **options: Any) -> Any:
+        result = build(*arguments, **options)
+        spoil(run.weights(2), keep_times=True)
+        return result
+
+    monkeypatch.setattr(watching, "build", and_spoil)
+    monkeypatch.setattr(watching, "run_hook", lambda command, values: told.append(values))
+    run.watch(on_commit=("true",))
+    assert [values["RELEX_STREAM_VERIFIED"] for values in told] == ["1", "0"]
+
+
 def test_other_names_and_a_cast_are_those_of_the_build(run, tmp_path):
     made = make_trajectory(
         tmp_path,
@@ -866,9 +979,10 @@ def test_other_names_and_a_cast_are_those_of_the_build(run, tmp_path):
         "cast": "bf16",
         "workers": 1,
     }
+    assert run.watch(build=build, steps="1").steps_added == (1,)  # and nothing to warn of
     with pytest.warns(RelexStreamWarning, match="what is deleted cannot be had back as it was"):
         summary = run.watch(build=build, delete_ingested=True, steps="1:2")
-    assert summary.steps_verified == (1, 2)
+    assert summary.steps_verified == (2,)
     assert summary.steps_deleted == (1,)
     store = rs.open_store(run.store, base=made.base)
     for step in made.steps:
