@@ -255,17 +255,17 @@ def _planned(
 
 
 def _refuse_cast(store: Store) -> None:
-    if all(tensor.base_dtype.code != "BF16" for tensor in store.manifest.tensors):
-        raise OptionError(
-            f"--as bf16 casts to BF16 what the base has in BF16, and that of {store.path} has "
-            "nothing in it; export it without --as"
-        )
     for tensor in store.manifest.tensors:
         if tensor.dtype != tensor.base_dtype and tensor.base_dtype.code != "BF16":
             raise OptionError(
                 f"--as bf16: tensor {tensor.name} is {tensor.base_dtype.code} in the base, whose "
                 "dtypes a cast takes; export it without --as"
             )
+    if all(tensor.base_dtype.code != "BF16" for tensor in store.manifest.tensors):
+        raise OptionError(
+            f"--as bf16 casts to BF16 what the base has in BF16, and that of {store.path} has "
+            "nothing in it; export it without --as"
+        )
 
 
 class _Exporter:

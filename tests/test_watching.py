@@ -953,7 +953,7 @@ def test_the_hook_is_told_of_a_step_that_differs(run, monkeypatch):
         return result
 
     monkeypatch.setattr(watching, "build", and_spoil)
-    monkeypatch.setattr(watching, "run_hook", lambda command, values: told.append(values))
+    monkeypatch.setattr(watching, "run_hook", lambda command, values, **_: told.append(values))
     run.watch(on_commit=("true",))
     assert [values["RELEX_STREAM_VERIFIED"] for values in told] == ["1", "0"]
 
