@@ -139,15 +139,16 @@ def test_batches_are_named_by_their_steps(tmp_path: Path) -> None:
 # --- what is kept from being written -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("step", [0, 2])
 def test_a_file_that_changed_while_it_was_read_is_not_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     run = made(tmp_path, checkpoint_shards=1)
     encode = Batches._encode
 
     def and_touch(self: Batches, *arguments: Any) -> Any:
         results = encode(self, *arguments)
-        (run.directories[2] / "model.safetensors").touch()
+        (run.directories[step] / "model.safetensors").touch()
         return results
 
     monkeypatch.setattr(Batches, "_encode", and_touch)

@@ -158,7 +158,8 @@ def test_weights_that_are_wider_than_those_of_the_base(tmp_path: Path) -> None:
         tmp_path / "feed",
         full=(1,),
     )
-    build(run, feed, tmp_path / "feed.store")
+    # What a cast would save is told of whole checkpoints.
+    assert build(run, feed, tmp_path / "feed.store").cast_savings is None
     build(run, run.checkpoints, tmp_path / "whole.store")
     assert_same(tmp_path / "feed.store", tmp_path / "whole.store")
 
@@ -546,3 +547,11 @@ def test_watch_deletes_what_is_in_the_store(run: Trajectory, feed: Path, tmp_pat
     # What is gone is passed over; what comes goes on.
     publish_slime(there, 5, run.bits[4], run.bits[1])
     assert build(run, there, store).steps_added == (5,)
+
+
+def test_watch_reads_what_the_build_is_told_to(run: Trajectory, tmp_path: Path) -> None:
+    feed, store = changed_run(run, tmp_path / "feed"), tmp_path / "run.store"
+    summary = rs.watch(
+        run.base, feed, store, source="changed-safetensors", settle_s=0, once=True, workers=1
+    )
+    assert summary.steps_added == summary.steps_verified == run.steps

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 
 import relex_stream as rs
+from relex_stream.forks import _telling
+from relex_stream.specs import NoProgress
 from relex_stream.store import Store
 from tests.make_checkpoints import make_trajectory
 from tests.make_stores import build_store
@@ -51,6 +54,13 @@ def test_a_fork_whose_last_common_step_is_gone_from_the_directory(other, store):
         build_store(other.base, other.checkpoints, store)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_a_run_of_another_dtype_goes_on(tmp_path, dtype):
+    run = make_trajectory(tmp_path, steps=(1, 2, 3), tensors=TENSORS, dtype=dtype)
+    build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:2")
+    assert build_store(run.base, run.checkpoints, tmp_path / "store").steps_added == (3,)
+
+
 def test_the_same_run_goes_on(run, tmp_path):
     first = [step for step in run.steps if step < 4]
     build_store(run.base, run.checkpoints, tmp_path / "store", steps="1:3")
@@ -72,9 +82,40 @@ def test_stored_steps_are_replaced(other, store, tmp_path):
 
 
 def test_all_stored_steps_are_replaced(other, store):
-    assert build_store(other.base, other.checkpoints, store, replace_from=1).steps_added == tuple(
-        range(1, 8)
-    )
+    notes = []
+
+    class Notes(NoProgress):
+        def note(self, text):
+            notes.append(text)
+
+    summary = build_store(other.base, other.checkpoints, store, replace_from=1, progress=Notes())
+    assert summary.steps_added == Store(store).steps == tuple(range(1, 8))
+    assert rs.verify(store).problems == ()
+    assert "taken back, to be replaced: 5 steps from 1 to 5" in notes
+
+
+def test_where_there_is_nothing_to_add_nothing_is_compared(other, store):
+    summary = build_store(other.base, other.checkpoints, store, steps="1:5")
+    assert (summary.steps_added, summary.steps_skipped) == ((), (1, 2, 3, 4, 5))
+
+
+def test_nothing_is_taken_back_for_other_models_or_dtypes(other, store, tmp_path):
+    for name, options, message in (
+        ("shapes", {"tensors": {**TENSORS, "c": (4,)}}, "another model"),
+        ("dtypes", {"tensors": TENSORS, "dtype": "F32", "base_dtype": "BF16"}, "give --as bf16"),
+    ):
+        run = make_trajectory(tmp_path / name, steps=(6,), **options)
+        shutil.rmtree(other.directories[6])
+        shutil.copytree(run.directories[6], other.directories[6])
+        with pytest.raises(rs.TrajectoryError, match=rf"step 6: .*{message}"):
+            build_store(other.base, other.checkpoints, store, replace_from=3)
+        assert Store(store).steps == (1, 2, 3, 4, 5)
+
+
+def test_blocks_that_changed_most_are_looked_at():
+    changed = np.array([0, 9, 3, 3, *range(20, 30), 0, 1], np.uint32)
+    assert _telling(changed) == [1, 3, *range(4, 14)]
+    assert _telling(changed[:3]) == [0, 1, 2]
 
 
 def test_a_replacement_from_too_late_on_is_still_a_fork(other, store):

@@ -234,6 +234,14 @@ def test_f32_is_cast_on_the_way_in(runs, tmp_path, layout):
             assert torch.equal(found[name], expected), name
 
 
+def test_some_steps_may_be_cast_and_others_not(runs, stores, tmp_path):
+    for step, dtype in zip(STEPS, ("bf16", "fp32", "bf16"), strict=True):
+        shutil.copytree(runs / f"whole_{dtype}/step_{step}", tmp_path / f"run/step_{step}")
+    options = {"block_bytes": 512, "sketch_min_elements": 1, "cast": "bf16"}
+    build_store(runs / "base", tmp_path / "run", tmp_path / "store", **options)
+    assert frames(tmp_path / "store") == frames(stores / "whole_bf16")
+
+
 def test_f32_is_cast_on_the_way_out(runs, stores, tmp_path):
     for step in STEPS:
         rs.export(stores / "fsdp", tmp_path / f"{step}", step=step, file_format="hf", cast="bf16")
@@ -515,6 +523,15 @@ def test_the_cost_of_f32_is_told(runs, tmp_path, layout):
     cast = int(Store(tmp_path / "cast").frame_bytes[-1].sum())
     assert summary.cast_savings.bf16_step_bytes == pytest.approx(cast, rel=0.25)
     assert summary.cast_savings.bf16_step_bytes < summary.cast_savings.f32_step_bytes / 2
+
+
+def test_the_cost_is_exact_where_all_blocks_are_looked_at(runs, tmp_path):
+    options = {"block_bytes": 8192, "sketch_min_elements": 1}
+    summary = build_store(runs / "base", runs / "fsdp", tmp_path / "store", **options)
+    options |= {"block_bytes": 4096, "cast": "bf16"}
+    build_store(runs / "base", runs / "fsdp", tmp_path / "cast", **options)
+    cast = int(Store(tmp_path / "cast").frame_bytes[-1].sum())
+    assert summary.cast_savings.bf16_step_bytes == cast
 
 
 @pytest.mark.parametrize("options", [{"cast": "bf16"}, {"steps": "1"}])

@@ -159,6 +159,16 @@ def test_what_is_there_is_stored_and_verified(run):
     run.assert_exports()
 
 
+def test_what_a_step_takes_is_told(run):
+    run.arrive(1, 2)
+    run.watch()
+    store = Store(run.store)
+    for row, event in enumerate(event for event in run.events if event.kind == "stored"):
+        assert event.bytes_in == store.commit(row).source_bytes
+        assert event.bytes_stored == store.frame_bytes[row].sum() + store.record_bytes(row)
+        assert event.ratio == event.bytes_in / event.bytes_stored
+
+
 def test_nothing_need_be_there_at_first(run):
     summary = run.watch(
         *[lambda: None] * 3, lambda: run.arrive(1), *[lambda: None] * 20, run.stop.set
@@ -331,6 +341,12 @@ def test_a_checkpoint_that_is_being_written_is_no_idleness(run):
     ]
     summary = run.watch(*grow, idle_exit_s=100.0)
     assert (summary.ended, summary.steps_added) == ("idle", (1,))
+
+
+def test_a_watch_of_nothing_ends_when_it_was_asked_to(run):
+    run.checkpoints.mkdir()
+    assert run.watch(*[lambda: None] * 20, idle_exit_s=100.0).ended == "idle"
+    assert run.clock.now_s == 100.0
 
 
 def test_idleness_begins_when_work_ends(run):
@@ -742,6 +758,33 @@ def test_steps_that_somebody_drops_meanwhile_are_not_deleted(run):
     assert (run.stored, summary.steps_deleted, run.with_weights) == ((), (), [1, 2])
 
 
+def test_steps_that_are_stored_of_another_run_meanwhile_are_not_deleted(run):
+    run.arrive(1, 2)
+    other = run.root / "other"
+    for step in (1, 2, 3, 4):
+        shutil.copytree(run.made.directories[step + 10], other / f"global_step_{step}/huggingface")
+
+    def store_another() -> None:
+        assert run.stored == (1, 2)
+        rs.drop(run.store, after=0)
+        rs.build_store(run.base, other, run.store, workers=1)
+
+    acts = [*[lambda: None] * 4, store_another, lambda: None, run.stop.set]
+    summary = run.watch(*acts, delete_ingested=True, keep_last=2)
+    assert summary.steps_verified == (1, 2)
+    assert run.stored == (1, 2, 3, 4)
+    assert (summary.steps_deleted, run.with_weights) == ((), [1, 2])
+
+
+def test_the_store_is_left_to_others_while_nothing_is_due(run, monkeypatch):
+    def refuse(path: Path) -> StoreWriter:
+        raise AssertionError("nothing is due")
+
+    run.arrive(1, 2)
+    monkeypatch.setattr(watching, "StoreWriter", refuse)
+    assert run.watch(delete_ingested=True, keep_last=2).steps_verified == (1, 2)
+
+
 def test_no_step_can_be_dropped_while_its_source_is_deleted(run, monkeypatch):
     run.arrive(1, 2)
     refused = []
@@ -858,8 +901,20 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(run):
     assert run.told("waiting") == [4]
     run.watch(dry_run=True)
     assert run.told("would-store") == []
+    assert run.told("waiting") == [3]
     assert run.events[0].message.endswith("changed a moment ago")
     assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*")} == before
+
+
+def test_a_dry_run_tells_of_what_is_gone_and_of_what_would_stay(run):
+    run.arrive(1, 2, 3, 4)
+    rs.build_store(run.base, run.checkpoints, run.store, steps="1:3", workers=1)
+    run.weights(1).unlink()
+    moved = shutil.move(run.directory(2), run.root / "elsewhere")
+    run.directory(2).symlink_to(moved)
+    with pytest.warns(RelexStreamWarning, match="step 2 would stay .* lies outside"):
+        run.watch(dry_run=True, delete_ingested=True, keep_last=0, settle_s=0)
+    assert (run.told("would-store"), run.told("would-delete")) == ([4], [3, 4])
 
 
 def test_a_dry_run_makes_no_store(run):
