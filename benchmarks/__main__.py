@@ -25,6 +25,7 @@ COMMANDS = {
     "layouts": "Build stores of one run in the layouts of trainers, from a cold disk.",
     "codec": "Measure bits per changed weight and speed beside other codecs.",
     "devices": "Measure extrapolation on a GPU: stages of a block, commands, the cost model.",
+    "faults": "Break files, disks and processes on purpose; count what was lost.",
     "rlvr": "Train a small model by verifiable rewards; keep a checkpoint per step in a store.",
     "pictures": "Draw a report, or what a store takes.",
 }
