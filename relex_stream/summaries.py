@@ -449,7 +449,18 @@ class VerifySummary:
     blobs: int
     bytes_read: int
     problems: tuple[str, ...]
+    """What is damaged, or differs from its checkpoint; after a repair, what is so still."""
     elapsed_s: float
+    repaired: tuple[str, ...] = ()
+    """Files of the store that were rebuilt; with ``dry_run``, that would be."""
+    compared: tuple[int, ...] = ()
+    """Steps that were compared with their checkpoints."""
+    not_compared: tuple[int, ...] = ()
+    """Steps that were not, where others were asked to be: their checkpoints are not there."""
+    compared_bytes: int = 0
+    """Bytes of checkpoints that were compared."""
+    notes: tuple[str, ...] = ()
+    """Checkpoints that were found and are of no use, and why."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Every checksum of a store, read back: records, frames, base weights, blobs, recipes."""
+"""Every checksum of a store, read back: records, frames, base weights, blobs, recipes, the tree."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,33 @@ from relex_stream.sources import CheckpointReader
 from relex_stream.specs import STEP_GROUP, NoProgress, Progress
 from relex_stream.store import Store
 from relex_stream.store.records import FileEntry
+from relex_stream.store.tree import tree_documents
 from relex_stream.summaries import VerifySummary
+
+BASE_ROW = -1
+"""Stands for the base where rows of frames are listed."""
+
+
+@dataclass
+class Damage:
+    """What of a store is not as it was committed, to be repaired.
+
+    Attributes
+    ----------
+    frames : dict of BlockOf to list of int
+        Rows whose frame is damaged, ascending; `BASE_ROW` for included weights of the base.
+    blobs : set of str
+        Names of blobs that are missing or damaged.
+    documents : dict of str to bytes
+        ``zarr.json`` files that are missing or damaged, and what belongs there.
+    """
+
+    frames: dict[BlockOf, list[int]] = field(default_factory=dict)
+    blobs: set[str] = field(default_factory=set)
+    documents: dict[str, bytes] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.frames or self.blobs or self.documents)
 
 
 @dataclass
@@ -34,6 +61,7 @@ class _Found:
     frames: int = 0
     frame_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    damaged: list[tuple[BlockOf, int]] = field(default_factory=list)
 
     @staticmethod
     def combine(parts: list[_Found]) -> _Found:
@@ -41,6 +69,7 @@ class _Found:
             sum(part.frames for part in parts),
             sum(part.frame_bytes for part in parts),
             [problem for part in parts for problem in part.problems],
+            [frame for part in parts for frame in part.damaged],
         )
 
 
@@ -140,6 +169,7 @@ class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
                 found.frame_bytes += len(frame)
         except CorruptionError as error:
             found.problems.append(f"base, tensor {at.tensor.name}, block {at.block}: {error}")
+            found.damaged.append((at, BASE_ROW))
 
     def _check_chunk(self, at: BlockOf, start: int, found: _Found) -> None:
         stop = min(start + STEP_GROUP, self._rows)
@@ -153,6 +183,7 @@ class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
                     self._check_rows(at, row, row + 1, found)
                 except CorruptionError as error:
                     problems.append(str(error))
+                    found.damaged.append((at, row))
             found.problems.extend(dict.fromkeys(problems))
 
     def _check_rows(self, at: BlockOf, start: int, stop: int, found: _Found) -> None:
@@ -163,14 +194,28 @@ class BlockCheck(Stage[tuple[BlockOf, ...], None, _Found]):
         found.frame_bytes += sum(len(frame) for _, frame in frames)
 
 
-def verify_store(
-    store_path: Location, *, base: Location | None, workers: int | None, progress: Progress | None
-) -> VerifySummary:
-    """Check a store; `relex_stream.api.verify` says what the arguments are."""
+def check_store(
+    store: Store,
+    *,
+    base: Location | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[VerifySummary, Damage]:
+    """Check a store; say what was found, and what of it might be repaired.
+
+    Parameters
+    ----------
+    store : Store
+    base : Path or Url, optional
+        Also check that this directory holds the base the store was built over.
+    workers : int, optional
+        Threads; one per core if not given.
+    progress : Progress, optional
+    """
     started = time.monotonic()
     progress = progress or NoProgress()
-    store = Store(store_path)
     problems: list[str] = []
+    damage = Damage()
     read = 0
     entries: dict[str, FileEntry] = {}
     _collect(entries, store.manifest.base_files)
@@ -182,14 +227,17 @@ def verify_store(
         except CorruptionError as error:
             whole = False
             problems.append(f"step {step}: {error}")
-    blobs, blob_bytes = _check_blobs(store, list(entries.values()), problems)
+    _check_documents(store, problems, damage)
+    blobs, blob_bytes = _check_blobs(store, list(entries.values()), problems, damage)
     found = _Found()
     if whole:
         found = _check_frames(store, base, workers, progress)
     else:
         problems.append("frames were not checked: their lengths are in the damaged records")
-    return VerifySummary(
-        store=str(store_path),
+    for at, row in found.damaged:
+        damage.frames.setdefault(at, []).append(row)
+    summary = VerifySummary(
+        store=str(store.path),
         steps=len(store.steps),
         frames=found.frames,
         records=len(store.steps) + 1,
@@ -198,6 +246,7 @@ def verify_store(
         problems=tuple(problems + found.problems),
         elapsed_s=time.monotonic() - started,
     )
+    return summary, damage
 
 
 def _check_frames(
@@ -235,7 +284,39 @@ def _collect(entries: dict[str, FileEntry], files: tuple[FileEntry, ...]) -> Non
             entries[name] = entry
 
 
-def _check_blobs(store: Store, entries: list[FileEntry], problems: list[str]) -> tuple[int, int]:
+def _check_documents(store: Store, problems: list[str], damage: Damage) -> None:
+    """Check what other zarr readers read; a run that is at work, or was killed, may have grown it.
+
+    Rows that are not committed are zeros to them, so there may be more of them.
+    """
+    documents = tree_documents(store)
+    there = store.storage.read_each(list(documents))
+    for (key, document), found in zip(documents.items(), there, strict=True):
+        if found != document and not (found is not None and _means(found, document)):
+            what = "is missing" if found is None else "is damaged"
+            problems.append(f"{store.path}: {key} {what}; plain zarr readers need it")
+            damage.documents[key] = document
+
+
+def _means(found: bytes, document: bytes) -> bool:
+    """Say whether metadata mean the same, in whatever white space, or have more rows."""
+    wanted = json.loads(document)
+    try:
+        there = json.loads(found)
+        if "shape" in wanted:
+            rows, least = there["shape"][0], wanted["shape"][0]
+            if rows != least and not (type(rows) is int and rows > least and not rows % STEP_GROUP):
+                return False
+            there["shape"][0] = least
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
+    # As text: 1.0 and True equal 1.
+    return json.dumps(there, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+
+
+def _check_blobs(
+    store: Store, entries: list[FileEntry], problems: list[str], damage: Damage
+) -> tuple[int, int]:
     checked: set[str] = set()
     size = 0
     for entry in entries:
@@ -243,6 +324,7 @@ def _check_blobs(store: Store, entries: list[FileEntry], problems: list[str]) ->
             names = sorted(store.blobs_of([entry]))
         except CorruptionError as error:
             problems.append(f"file {entry.path}: {error}")
+            damage.blobs.update(name for name in (entry.recipe, entry.blob) if name is not None)
             continue
         for name in names:
             if name in checked:
@@ -252,4 +334,5 @@ def _check_blobs(store: Store, entries: list[FileEntry], problems: list[str]) ->
                 size += len(store.blob(name))
             except CorruptionError as error:
                 problems.append(f"file {entry.path}: {error}")
+                damage.blobs.add(name)
     return len(checked), size

@@ -208,6 +208,13 @@ ROOMS = {
         BELOW_STAGES | {"matching", "pagecache", "patches", "source_blocks", "unpacking", "warmup"},
         {"numpy"},
     ),
+    "repairing": Room(
+        BELOW_STAGES | {"matching", "source_blocks", "verification"}, {"numpy"} | CHECKSUM
+    ),
+    "verifying": Room(
+        {"base_weights", "comparing", "listing", "matching", "repairing", "sources", "store"}
+        | {"verification"}
+    ),
     # Following a run.
     "arrivals": Room({"sources"}),
     "watch_ledger": Room({"paths"}),
@@ -259,7 +266,7 @@ ROOMS = {
             "request",
             "store_info",
             "urls",
-            "verification",
+            "verifying",
             "watch_options",
             "watching",
             "opened",

@@ -12,6 +12,7 @@ from relex_stream.errors import OptionError
 from relex_stream.exporting import export_several, export_step
 from relex_stream.locations import local_directory, location
 from relex_stream.opened import OpenStore
+from relex_stream.sources import Phase
 from relex_stream.specs import Progress
 from relex_stream.store import Store, StoreWriter
 from relex_stream.store_info import info_of
@@ -24,7 +25,8 @@ from relex_stream.summaries import (
     VerifySummary,
 )
 from relex_stream.urls import is_hub
-from relex_stream.verification import verify_store
+from relex_stream.verifying import Against
+from relex_stream.verifying import verify as verify_stored
 
 
 def build_store(
@@ -298,32 +300,75 @@ def verify(
     store: AnyPath,
     *,
     base: AnyPath | None = None,
+    against: AnyPath | None = None,
+    pattern: str | None = None,
+    source: str = "auto",
+    strip_prefix: str | None = None,
+    map_names: Sequence[tuple[str, str]] = (),
+    cast: str | None = None,
+    step_offset: int = 0,
+    then: Sequence[tuple[AnyPath, int]] = (),
+    repair: bool = False,
+    dry_run: bool = False,
+    memory_limit: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> VerifySummary:
-    """Check every checksum of a store.
+    """Check every checksum of a store; compare it with its checkpoints; rebuild what is damaged.
 
     Parameters
     ----------
     store : path
     base : path, optional
         Also check that this directory holds the base the store was built over.
-    workers
-        As in `build_store`.
+    against : path, optional
+        A directory of checkpoints that are still there. Every step of the store that it has is
+        compared with it, bit for bit; other steps in it do not matter.
+    pattern, source, strip_prefix, map_names, cast, step_offset, then
+        How `against` is read: as in `build_store`.
+    repair : bool
+        Rebuild damaged frames, files and zarr metadata from `against` and the base, as far as they
+        are still there. Each file of the store is replaced whole, and only by what was committed:
+        every byte is checked against the checksums that were recorded then. Takes the store's lock.
+    dry_run : bool
+        With `repair`: find out what would be rebuilt, and write nothing.
+    memory_limit, workers
+        As in `build_store`; the limit is for comparing.
 
     Returns
     -------
     VerifySummary
-        ``problems`` names each damaged record, blob or frame (tensor, step, block).
+        ``problems`` names each damaged record, blob or frame (tensor, step, block), and how steps
+        differ from their checkpoints; after a repair, those that are left.
 
     Raises
     ------
     StoreError
-        If there is no store, or HEAD or the manifest is damaged.
+        If there is no store, HEAD or the manifest is damaged, or, with `repair`, another process
+        writes to it.
+    SourceError
+        If `against` has no checkpoints, or a `base` that was given is not there or is another.
     """
-    return verify_store(
+    checkpoints = None
+    if against is not None:
+        if cast not in (None, "bf16"):
+            raise OptionError(f"--as must be bf16, not {cast}")
+        phases = [(against, step_offset), *then]
+        checkpoints = Against(
+            tuple(Phase(location(path), offset) for path, offset in phases),
+            pattern,
+            source,
+            strip_prefix,
+            tuple(map_names),
+            cast=cast is not None,
+        )
+    return verify_stored(
         location(store),
         base=base_path(base, progress),
+        against=checkpoints,
+        repair=repair,
+        dry_run=dry_run,
+        memory_limit=memory_limit,
         workers=workers,
         progress=progress,
     )

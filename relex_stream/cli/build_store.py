@@ -39,21 +39,8 @@ if TYPE_CHECKING:
     help="Take back the stored steps from N on and store those of CHECKPOINTS instead, where a run "
     "was taken up again.",
 )
-@click.option(
-    "--step-offset",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="What is added to the numbers of the steps in CHECKPOINTS.",
-)
-@click.option(
-    "--then",
-    type=(options.PLACE, click.IntRange(min=0)),
-    multiple=True,
-    metavar="DIR OFFSET",
-    help="Another directory of checkpoints, which continues the run, and what is added to the "
-    "numbers of its steps. May be given several times.",
-)
+@options.step_offset
+@options.then
 @click.option(
     "--download-dir",
     type=options.PATH,

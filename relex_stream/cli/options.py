@@ -271,6 +271,23 @@ map_names = click.option(
     "checkpoints, like '^transformer[.]=model.'. May be given several times.",
 )
 
+step_offset = click.option(
+    "--step-offset",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="What is added to the numbers of the steps in CHECKPOINTS.",
+)
+
+then = click.option(
+    "--then",
+    type=(PLACE, click.IntRange(min=0)),
+    multiple=True,
+    metavar="DIR OFFSET",
+    help="Another directory of checkpoints, which continues the run, and what is added to the "
+    "numbers of its steps. May be given several times.",
+)
+
 include_base = click.option(
     "--include-base",
     is_flag=True,

@@ -12,6 +12,11 @@ from relex_stream.store.read import Store
 
 _RECORD = re.compile(r"commits/(manifest|[0-9]+)-[0-9a-f]{8}\.safetensors")
 _BLOB = re.compile(r"blobs/[0-9a-f]{64}")
+_PARTIAL = re.compile(
+    rf"(HEAD|((deltas|base)/([^/]+/)?)?zarr\.json|(deltas|base)/[^/]+/c\.[0-9.]+|{_BLOB.pattern})"
+    r"\.partial"
+)
+"""What files that are replaced as a whole are called until they are."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Reach:
         """
         if _RECORD.fullmatch(key) or _BLOB.fullmatch(key):
             return None if key in self.named else 0
-        if key == "HEAD.partial":
+        if _PARTIAL.fullmatch(key):
             return 0
         *directory, name = key.split("/")
         group = directory[0] if directory else ""
@@ -69,7 +74,7 @@ class Reach:
         if name.startswith("c."):
             return self.chunks.get(key, 0)
         stale = name == "zarr.json" and directory[1] not in self.arrays[group]
-        return 0 if stale or name == "zarr.json.partial" else None
+        return 0 if stale else None
 
 
 def _array_directories(store: Store, group: str) -> set[str]:

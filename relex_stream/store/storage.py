@@ -104,6 +104,9 @@ class Storage(Protocol):
     def replace_documents(self, documents: Mapping[str, bytes], *, settled: bool) -> None:
         """Replace keys that other zarr readers may be reading; `settled` once there is a HEAD."""
 
+    def restore(self, key: str, data: bytes) -> None:
+        """Replace a damaged or missing key, at once and for good; from any thread."""
+
     def sync(self, keys: Iterable[str]) -> None:
         """Return once all that was written under these keys can be relied on."""
 
@@ -188,7 +191,7 @@ class LocalStorage:
             self._make_path()
         except NotADirectoryError:
             raise StoreError(f"{self._root} is a file; name a directory for the store") from None
-        refuse_foreign(self._root, present, names | {"HEAD.partial"})
+        refuse_foreign(self._root, present, names | {"HEAD.partial", "zarr.json.partial"})
         if "HEAD" not in present:
             # Made now, or by a first build that may have been killed before this.
             _sync_parent(self._root)
@@ -246,6 +249,14 @@ class LocalStorage:
             files.sync_many(self._root, map(_partial, paths))
         for path in paths:
             files.rename(_partial(path), path)
+
+    def restore(self, key: str, data: bytes) -> None:
+        """As in `Storage`."""
+        path = self._root / key
+        for directory in reversed(path.relative_to(self._root).parents[:-1]):
+            files.make_directory(self._root / directory)
+            _sync_parent(self._root / directory)
+        files.replace_file(path, data)
 
     def sync(self, keys: Iterable[str]) -> None:
         """As in `Storage`."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Self
@@ -40,6 +41,7 @@ from relex_stream.store.records import (
     record_name,
 )
 from relex_stream.store.storage import storage_at
+from relex_stream.store.tree import delta_documents
 
 LOCK_NAME = "LOCK"
 _OWN_NAMES = {HEAD_NAME, LOCK_NAME, "zarr.json", arrays.DELTAS, arrays.BASE, "commits", "blobs"}
@@ -124,6 +126,18 @@ def recipe_of(
     return parts, b"".join(literals) if together else None
 
 
+def keep_weights_file(file: WeightsFile, put_blob: Callable[[bytes], str]) -> FileEntry:
+    """Return a weights file's entry, its recipe and literal bytes given to `put_blob`."""
+    parts, literals = recipe_of(file, put_blob)
+    body = {"size": file.size, "parts": [part.encode() for part in parts]}
+    return FileEntry(
+        file.relative_path,
+        file.size,
+        blob=None if literals is None else put_blob(pack_literals(literals)),
+        recipe=put_blob(json.dumps(body, separators=(",", ":")).encode()),
+    )
+
+
 @dataclass(frozen=True)
 class Fence:
     """Keeps out those who help a writer elsewhere, once it no longer holds the lock.
@@ -157,9 +171,14 @@ class StoreWriter:
     ----------
     path : Path or Url
         The store; made if it is not there.
+    sweep : bool
+        Clear first what a run that did not finish left over. Who does not must do it before the
+        end; what is damaged may be in the way.
 
     Attributes
     ----------
+    unswept : bool
+        Whether something may be left over.
     store : Store or None
         What is committed; None before the first commit.
     fence : Fence
@@ -171,14 +190,18 @@ class StoreWriter:
         On entering: if another process writes to it, or `path` holds something else.
     """
 
-    def __init__(self, path: Location) -> None:
+    def __init__(self, path: Location, *, sweep: bool = True) -> None:
         self.path = path
         self.store: Store | None = None
+        self.unswept = False
+        self._sweeps_first = sweep
+        self._fenced_already = False
         self._storage = storage_at(path)
         self._head_version: str | None = None
         self._written: list[str] = []
         self._blobs: set[str] = set()  # those known to be whole
         self._stack = contextlib.ExitStack()
+        self._restoring = threading.Lock()
 
     def __enter__(self) -> Self:
         self._storage.prepare(_OWN_NAMES)
@@ -191,7 +214,8 @@ class StoreWriter:
             if head is not None:
                 data, self._head_version = head
                 self.store = Store(self.path, head=head_at(self.path, data))
-            if lock.unfinished:
+            self.unswept = lock.unfinished
+            if self.unswept and self._sweeps_first:
                 self.sweep()
         except BaseException as error:
             self._stack.__exit__(type(error), error, error.__traceback__)
@@ -252,14 +276,7 @@ class StoreWriter:
 
     def put_weights_file(self, file: WeightsFile) -> FileEntry:
         """Keep the recipe of a weights file; the bytes of its tensors are kept as deltas."""
-        parts, literals = recipe_of(file, self.put_blob)
-        body = {"size": file.size, "parts": [part.encode() for part in parts]}
-        return FileEntry(
-            file.relative_path,
-            file.size,
-            blob=None if literals is None else self.put_blob(pack_literals(literals)),
-            recipe=self.put_blob(json.dumps(body, separators=(",", ":")).encode()),
-        )
+        return keep_weights_file(file, self.put_blob)
 
     def put_side_file(self, relative_path: str, data: bytes) -> FileEntry:
         """Keep a side file once per content."""
@@ -311,6 +328,25 @@ class StoreWriter:
                     if written[column]:
                         yield arrays.chunk_key(arrays.DELTAS, tensor, chunk_row, block)
 
+    def restore(self, contents: Mapping[str, bytes]) -> None:
+        """Put files that HEAD reaches back as they were committed, each whole at any moment.
+
+        Safe from any thread.
+
+        Parameters
+        ----------
+        contents : mapping of str to bytes
+            Keys, and what was committed there.
+        """
+        assert self.store is not None
+        with self._restoring:
+            if contents and not self._fenced_already and not self._storage.is_local:
+                # Those who appended to a damaged chunk must not commit what is not there any more.
+                self._replace_head(self._fenced(self.store.head))
+                self._fenced_already = True
+        for key, data in contents.items():
+            self._storage.restore(key, data)
+
     def drop_after(self, step: int) -> tuple[int, ...]:
         """Take back all steps after `step`; return them. HEAD goes first, bytes after."""
         assert self.store is not None
@@ -349,6 +385,7 @@ class StoreWriter:
         Only names of the kinds a store makes are touched; `Storage.sweep` says how.
         """
         self._sweep(fenced=False)
+        self.unswept = False
 
     def _sweep(self, *, fenced: bool) -> None:
         self._blobs.clear()
@@ -369,14 +406,7 @@ class StoreWriter:
 
 def _stale_documents(store: Store) -> dict[str, bytes]:
     """Return the ``zarr.json`` of delta arrays that a killed run grew, or a drop left too large."""
-    rows = arrays.allocated_rows(len(store.steps))
-    documents = {
-        f"{arrays.DELTAS}/{arrays.array_name(tensor.name)}/zarr.json": arrays.array_document(
-            tensor, arrays.DELTAS, rows
-        )
-        for tensor in store.manifest.tensors
-        if tensor.kind == "tracked"
-    }
+    documents = delta_documents(store)
     there = store.storage.read_each(list(documents))
     return {
         key: document

@@ -467,11 +467,10 @@ class FakeApi(types.ModuleType):
         self,
         store: str | Path,
         *,
-        base: str | Path | None = None,
-        workers: int | None = None,
         progress: Progress | None = None,
+        **asked: Any,
     ) -> VerifySummary:
-        return self._run("verify", locals())
+        return self._run("verify", {"self": self, "store": store, "progress": progress, **asked})
 
     def drop(self, store: str | Path, *, after: int) -> DropSummary:
         return self._run("drop", locals())

@@ -372,11 +372,34 @@ def test_export_takes_one_step_or_several(api: FakeApi, run: Run, steps: tuple[s
 
 
 def test_verify_info_and_drop_pass_every_option(api: FakeApi, run: Run) -> None:
-    run("verify", "run.store", "--base", "b", "--workers", "2")
+    run(
+        *("verify", "run.store", "--base", "b", "--against", "c", "--repair", "--dry-run"),
+        *("--pattern", "epoch-{step}", "--source", "dcp", "--strip-prefix", "model."),
+        *("--map", "^a[.]=b.", "--as", "bf16", "--step-offset", "20", "--then", "d", "40"),
+        *("--memory-limit", "512MiB", "--workers", "2"),
+    )
     run("info", "run.store")
     run("drop", "run.store", "--after", "0")
     assert api.calls == [
-        ("verify", {"store": Path("run.store"), "base": Path("b"), "workers": 2}),
+        (
+            "verify",
+            {
+                "store": Path("run.store"),
+                "base": Path("b"),
+                "against": Path("c"),
+                "repair": True,
+                "dry_run": True,
+                "pattern": "epoch-{step}",
+                "source": "dcp",
+                "strip_prefix": "model.",
+                "map_names": (("^a[.]", "b."),),
+                "cast": "bf16",
+                "step_offset": 20,
+                "then": ((Path("d"), 40),),
+                "memory_limit": 512 << 20,
+                "workers": 2,
+            },
+        ),
         ("info", {"store": Path("run.store")}),
         ("drop", {"store": Path("run.store"), "after": 0}),
     ]
@@ -629,6 +652,27 @@ def test_verify_names_problems_and_fails(api: FakeApi, run: Run) -> None:
         "step 4: chunk c/0/1 is missing",
         "step 5: record damaged",
     ]
+
+
+def test_verify_says_what_was_compared_and_rebuilt(api: FakeApi, run: Run) -> None:
+    api.results["verify"] = dataclasses.replace(
+        conftest.VERIFY,
+        repaired=("deltas/w/c.0.1", "zarr.json"),
+        compared=(1, 2),
+        not_compared=(3,),
+        compared_bytes=3 << 20,
+        notes=("the checkpoint of step 3 is left out: cut short",),
+    )
+    result = run("verify", "run.store", "--against", "checkpoints", "--repair")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[:-1] == [
+        "rebuilt: deltas/w/c.0.1",
+        "rebuilt: zarr.json",
+        "note: the checkpoint of step 3 is left out: cut short",
+        "compared with checkpoints: 1, 2, 3.00 MiB; not there: 3",
+    ]
+    dry = run("verify", "run.store", "--repair", "--dry-run", "-q")
+    assert dry.stdout == "would be rebuilt: deltas/w/c.0.1\nwould be rebuilt: zarr.json\n"
 
 
 def test_drop_says_which_steps_went(api: FakeApi, run: Run) -> None:
