@@ -95,6 +95,32 @@ def test_what_is_copied_there_or_back_is_the_same_store(run, local, store, tmp_p
     assert rs.verify(copy, base=run.base).problems == ()
 
 
+def test_what_is_damaged_there_is_rebuilt_and_earlier_writers_are_kept_out(run, local, store):
+    objects = objects_at(store)
+    chunks = [key for key in objects.listing() if "/c." in key]
+    (blob,) = [key for key in objects.listing() if key.startswith("blobs/")][:1]
+    objects.put(chunks[0], objects.get(chunks[0])[:-5])
+    objects.remove_if(chunks[1], objects.get_version(chunks[1])[1])
+    objects.put(chunks[2], objects.get(chunks[2]) + b"frames of a writer that is not done")
+    objects.put(blob, b"x" * len(objects.get(blob)))
+    objects.remove_if("zarr.json", objects.get_version("zarr.json")[1])
+    left = str(run.checkpoints)
+    found = rs.verify(str(store), against=left)
+    assert found.problems
+    assert found.repaired == ()
+    before = Store(store).head.fence
+    done = rs.verify(str(store), against=left, base=run.base, repair=True)
+    assert done.problems == ()
+    assert done.repaired == tuple(sorted([chunks[0], chunks[1], blob, "zarr.json"]))
+    # A writer that was given up for dead has read the HEAD before; it cannot replace this one.
+    assert Store(store).head.fence not in (None, before)
+    there, expected = _objects(store), _files(local)
+    extra = there[chunks[2]][len(expected[chunks[2]]) :]
+    assert extra == b"frames of a writer that is not done"  # not damage, so not touched
+    differ = {key for key in there | expected if there.get(key) != expected.get(key)}
+    assert differ == {"HEAD", chunks[2]}
+
+
 def test_every_command_reads_it(run, local, store, tmp_path):
     url = str(store)
     assert rs.info(url).steps == rs.info(local).steps
