@@ -75,14 +75,21 @@ def build(
 
 
 @contextmanager
-def quick() -> Iterator[None]:
-    """Run builds as plain loops and open each checkpoint once: what is on the disk is the same."""
+def in_order() -> Iterator[None]:
+    """Run stages as plain loops: what is on the disk is the same."""
 
     def run_plainly(_, stage, groups, **__):
         return run_in_order(stage, groups)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Threads, "run", run_plainly)
+        yield
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Run builds as plain loops and open each checkpoint once: what is on the disk is the same."""
+    with in_order(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             build_module, "open_checkpoint", lru_cache(maxsize=None)(build_module.open_checkpoint)
         )
